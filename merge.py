@@ -456,7 +456,7 @@ def _run_message(values: Json, new_run_id: str, limits: Limits, problems: list[P
             bad(key, must)
 
     def count(key: str, name: str, limit: int, hint: str) -> None:
-        value = known.get(key)
+        value: Any = known.get(key)
         right = type(value) is int and value >= 1
         settings[name] = value if right and value <= limit else 1
         if not right:
@@ -540,8 +540,11 @@ def _read_rows(data: bytes, offset: int) -> Iterator[tuple[int, int, int, list[s
         nonlocal fresh
         for line in file:
             # Inside a quoted cell that goes on over lines, brackets are just text.
-            yield _quote_json(line.decode()) if fresh and _BARE_JSON.search(line) else line.decode()
+            text = line.decode()
+            if fresh and _BARE_JSON.search(line):
+                text = _quote_json(text)
             fresh = False
+            yield text
 
     bare_json = _BARE_JSON.search(data, offset) is not None if offset == 0 else True
     source = lines() if bare_json else map(bytes.decode, file)
@@ -612,7 +615,7 @@ def _read_overrides(
 
     Only the offset of each row is kept; the row is read again when its message is made.
     """
-    part, count = messages.part, messages.count
+    part = messages.part
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     data = data[start:] if start else data
     if not data.strip():
@@ -645,7 +648,6 @@ def _read_overrides(
         elif "expected after" in message:
             message = 'text after a closing quote; inside a quoted cell, write " as ""'
         problems.append(Problem(part, message, line + 1))
-    del count
 
 
 def _encoding_problem(part: str, data: bytes) -> Problem | None:
@@ -704,7 +706,9 @@ class _Selected:
         messages, column = self.messages, self.column
         part = messages.part
         if len(cells) > len(messages.columns):
-            message = f"{len(cells)} cells in {len(messages.columns)} columns; quote cells with commas"
+            message = (
+                f"{len(cells)} cells in {len(messages.columns)} columns; quote cells with commas"
+            )
             self.problems.append(Problem(part, message, line))
             return
         if column is None:
@@ -722,9 +726,7 @@ class _Selected:
                     self.problems.append(Problem(part, message, line, field=messages.target))
                 return
         if self.suspicious(end - offset, cells):
-            problem = _message_problem(
-                messages, self.made(line, cells), self.limits, part, line
-            )
+            problem = _message_problem(messages, self.made(line, cells), self.limits, part, line)
             if problem:
                 self.problems.append(problem)
         self.highest = max(self.highest, index)
