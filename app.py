@@ -21,7 +21,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -46,7 +45,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import merge
-from merge import Invalid, Json, Limits, Problem, Run, parse_run
+from merge import Invalid, Json, Limits, Run, parse_run
 
 T = TypeVar("T")
 log = logging.getLogger("armada")
@@ -224,7 +223,7 @@ class Record:
         return orjson.dumps({name: getattr(self, name) for name in self.__slots__})
 
 
-def load_record(data: bytes) -> Record:
+def load_record(data: bytes | str) -> Record:
     """The inverse of `Record.dump`."""
     return Record(**orjson.loads(data))
 
@@ -322,10 +321,13 @@ class Broker:
         self.timeout = settings.timeout
         self.celery = Celery("armada", broker=settings.broker_url, set_as_current=False)
         self.amqp = settings.broker_url.split(":", 1)[0] in ("amqp", "amqps", "pyamqp")
-        self.redis = settings.broker_url.split(":", 1)[0] in ("redis", "rediss")
         limits = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
         if self.amqp:
             limits = {"read_timeout": self.timeout, "write_timeout": self.timeout}
+        # A client of its own: kombu's has a blocking read under way on its connection.
+        self.redis: redis.Redis | None = None
+        if settings.broker_url.startswith(("redis://", "rediss://")):
+            self.redis = redis.Redis.from_url(settings.broker_url, **limits)
         self.celery.conf.update(
             broker_transport_options=limits,
             broker_connection_timeout=min(self.timeout, 5),
@@ -367,32 +369,36 @@ class Broker:
             try:
                 found = self.queue(run_id)(channel).queue_declare(passive=True)
             except connection.channel_errors as error:
-                if getattr(error, "code", 404) != 404:
+                if str(getattr(error, "reply_code", "")) != "404":
                     raise
                 return Depth(0, 0, missing=True)
             return Depth(found.message_count, found.consumer_count)
 
-    def subscribers(self, connection: Connection, run_id: str) -> int:
+    def subscribers(self, run_id: str) -> int:
         """Workers that listen for control messages, where the queue cannot tell (Redis)."""
-        client = connection.default_channel.client
-        topic = f"/{connection.virtual_host or 0}.{merge.control_exchange(run_id)}.pidbox"
-        return int(sum(count for _, count in client.pubsub_numsub(topic)))
+        if self.redis is None:
+            return 0
+        database = self.redis.get_connection_kwargs().get("db", 0)
+        topic = f"/{database}.{merge.control_exchange(run_id)}.pidbox"
+        return sum(count for _, count in self.redis.pubsub_numsub(topic))
 
-    def held(self, connection: Connection, run_id: str, give_back: bool) -> int:
-        """Jobs that a worker took and has not acknowledged, where the broker is Redis.
+    def give_back(self, run_id: str) -> int:
+        """Return jobs of workers that are gone to the queue, where the broker is Redis.
 
-        With `give_back` they are put into the queue again: for jobs whose worker is gone. Kombu
-        does that by itself only after its visibility timeout, an hour.
+        Kombu does that by itself only after its visibility timeout, an hour. Returns how many.
         """
-        channel = connection.default_channel
-        tags = []
-        for tag, data in channel.client.hscan_iter(channel.unacked_key):
-            if orjson.loads(data)[2] == run_id:
-                tags.append(tag.decode())
-        if give_back:
-            for tag in tags:
-                channel.qos.restore_by_tag(tag)
-        return len(tags)
+        if self.redis is None:
+            return 0
+        held = [
+            tag.decode()
+            for tag, data in self.redis.hscan_iter("unacked")
+            if orjson.loads(data)[2] == run_id
+        ]
+        if held:
+            with self.connect() as connection:
+                for tag in held:
+                    connection.default_channel.qos.restore_by_tag(tag)
+        return len(held)
 
     def forget(self, connection: Connection, run_id: str) -> None:
         """Delete the run's queue and its exchanges."""
@@ -404,10 +410,9 @@ class Broker:
             if self.amqp:
                 for name in names:
                     channel.exchange_delete(name)
-        if self.redis:
-            client = connection.default_channel.client
+        if self.redis is not None:
             prefixes = ("_kombu.binding.", "_kombu.binding_permanent.")
-            client.delete(*(prefix + name for prefix in prefixes for name in names))
+            self.redis.delete(*(prefix + name for prefix in prefixes for name in names))
 
 
 def send_confirmed(
@@ -517,7 +522,7 @@ class ArgsRepr:
 
     def value(self, value: Any) -> str:
         """One value, as it stands in the repr of a message."""
-        return saferepr([{0: value}])[len("[{0: ") : -len("}]")]
+        return str(saferepr([{0: value}]))[len("[{0: ") : -len("}]")]
 
     def of(self, job: Json) -> str:
         """The repr of `[job]`."""
@@ -530,7 +535,7 @@ class ArgsRepr:
         )
         if len(text) < self.LIMIT - 8:
             return f"[{{{text}}}]"
-        return saferepr([job], self.LIMIT)
+        return str(saferepr([job], self.LIMIT))
 
 
 class Mailbox:
@@ -983,11 +988,9 @@ class Monitor:
 
     def workers(self, record: Record, depth: Depth) -> int:
         """How many workers must answer before the run can be called idle."""
-        assert self.connection is not None
         if self.broker.amqp:
             return depth.consumers
-        heard = self.broker.subscribers(self.connection, record.run_id) if self.broker.redis else 0
-        return max(self.agents.live(record.run_id), heard)
+        return max(self.agents.live(record.run_id), self.broker.subscribers(record.run_id))
 
     def decide(self, record: Record, watch: Watch, depth: Depth, workers: int) -> None:
         """Do what a run's phase calls for."""
@@ -1042,10 +1045,7 @@ class Monitor:
 
     def give_back(self, record: Record) -> int:
         """Return jobs of workers that are gone to the queue, where the broker does not."""
-        assert self.connection is not None
-        if not self.broker.redis:
-            return 0
-        count = self.broker.held(self.connection, record.run_id, give_back=True)
+        count = self.broker.give_back(record.run_id)
         if count:
             say("jobs returned to the queue", logging.WARNING, run_id=record.run_id, jobs=count)
         return count
@@ -1136,7 +1136,7 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise Failed(400, "the body must be multipart/form-data, with a boundary")
-    limits = {name: settings.max_upload for name in merge.PARTS}
+    limits = dict.fromkeys(merge.PARTS, settings.max_upload)
     limits |= {"python_code": settings.max_script, "requirements_txt": settings.max_requirements}
     parts: dict[str, bytearray] = {}
     header, value, current = bytearray(), bytearray(), ""
@@ -1207,7 +1207,8 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
 
 def dry_run(orchestrator: Orchestrator, run: Run) -> Json:
     """What a run would be, without anything being touched."""
-    shown, size = [], 0
+    shown: list[orjson.Fragment] = []
+    size = 0
     for config in run.configs:
         data = run.configs.encode(config)
         size += len(data)
@@ -1399,7 +1400,7 @@ def main() -> None:
     settings: Settings = app.state.settings
     contained = "KUBERNETES_SERVICE_HOST" in os.environ or os.path.exists("/.dockerenv")
     wide = contained or settings.api_token
-    host = os.environ.get("HOST") or ("0.0.0.0" if wide else "127.0.0.1")  # noqa: S104
+    host = os.environ.get("HOST") or ("0.0.0.0" if wide else "127.0.0.1")
     configure_logging([])
     if not settings.api_token and host not in ("127.0.0.1", "localhost", "::1"):
         say("anybody who reaches this port can run code: set API_TOKEN", logging.WARNING, host=host)

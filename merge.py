@@ -139,7 +139,8 @@ class Messages:
             for index in range(self.count):
                 yield self.make(index, {})
             return
-        end, rows = -1, iter(())
+        end = -1
+        rows: Iterator[tuple[int, int, int, list[str]]] = iter(())
         for index, offset in enumerate(self.rows):
             if offset < 0:
                 yield self.make(index, {})
@@ -372,9 +373,12 @@ def _parse_json(
 def _json_type(value: Any) -> str:
     """What JSON calls the type of `value`."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    names = {dict: "an object", list: "an array", str: "a string"}
-    return names.get(type(value), "a number")
+        return json.dumps(value)
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return "a number"
 
 
 def _value_problem(
@@ -716,9 +720,7 @@ class _Selected:
             self.number += 1
         else:
             target = cells[column].strip() if column < len(cells) else ""
-            if target.isdecimal() and target.isascii() and len(target) < 19:
-                index = int(target)
-            elif _INTEGER.fullmatch(target):
+            if (target.isdecimal() and target.isascii() and len(target) < 19) or _INTEGER.fullmatch(target):
                 index = int(target)
             else:
                 if target or any(cell.strip() for cell in cells):
