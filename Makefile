@@ -1,0 +1,61 @@
+.DEFAULT_GOAL := help
+SHELL := bash
+URL ?= http://localhost:8080
+VENV := .venv
+PY := $(VENV)/bin/python
+UV_VERSION := 0.13.9
+# uv does not look into pyenv's folder by itself, and pyenv's shims start only the chosen version.
+FIND_PYTHON := PATH="$$PATH$$(printf ':%s' $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin)"
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	@command -v uv >/dev/null || test -x .uv/bin/uv || { \
+	  echo "Installing uv $(UV_VERSION) into .uv"; python3 -m venv .uv && .uv/bin/pip install -q uv==$(UV_VERSION); } \
+	  || { echo "No uv and no python3 with venv to install it: see https://docs.astral.sh/uv/"; exit 1; }
+	@uv=$$(command -v uv || echo .uv/bin/uv); \
+	$(FIND_PYTHON) $$uv venv -q --clear --python '>=3.12' $(VENV) 2>.uv-error || { \
+	  tail -n 3 .uv-error; rm -f .uv-error; \
+	  echo "No Python 3.12 or newer was found, and none could be downloaded: install one."; exit 1; }; \
+	rm -f .uv-error; $$uv pip install -q --python $(PY) -r requirements-dev.txt
+	@touch $@
+
+install: $(VENV)/ready ## Make the environment in .venv
+
+demo: $(VENV)/ready ## Run the example from start to end on this machine and show its results
+	@$(PY) example/demo.py
+
+run: $(VENV)/ready ## Serve on http://localhost:8080 until interrupted
+	@$(PY) app.py
+
+start: $(VENV)/ready ## Post the example to URL (default http://localhost:8080), with TOKEN if set
+	@printf '{"URL": "%s/health"}' "$(URL)" | curl -fsS -X POST "$(URL)/bot/start" \
+	  $(if $(TOKEN),-H "Authorization: Bearer $(TOKEN)") \
+	  -F configtemplate=@example/template.json -F data_job=@example/jobs.csv \
+	  -F data_agent=@example/agents.csv -F python_code=@example/script.py \
+	  -F requirements_txt=@example/requirements.txt -F "configtune=@-;filename=configtune.json"; echo
+
+servers: # RabbitMQ and Redis for the tests, where they can be installed
+	@command -v redis-server >/dev/null && test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { \
+	  command -v apt-get >/dev/null && { \
+	    if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
+	    echo "Installing rabbitmq-server and redis-server for the tests"; \
+	    $$as apt-get update -q >/dev/null && DEBIAN_FRONTEND=noninteractive \
+	    $$as apt-get install -yq --no-install-recommends rabbitmq-server redis-server >/dev/null; } || true; }
+
+test: $(VENV)/ready servers ## Run all tests, against servers that they start themselves
+	@$(PY) -m pytest
+
+test-fast: $(VENV)/ready ## Run the tests that need no server
+	@$(PY) -m pytest -m "not servers" -q
+
+lint: $(VENV)/ready ## Check format, style and types
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
+	$(VENV)/bin/mypy app.py merge.py agent.py test_app.py example/demo.py
+
+clean: ## Delete the environment and all caches
+	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+-include chart/deploy.mk
+.PHONY: help install demo run start servers test test-fast lint clean
