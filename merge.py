@@ -720,7 +720,9 @@ class _Selected:
             self.number += 1
         else:
             target = cells[column].strip() if column < len(cells) else ""
-            if (target.isdecimal() and target.isascii() and len(target) < 19) or _INTEGER.fullmatch(target):
+            if (target.isdecimal() and target.isascii() and len(target) < 19) or _INTEGER.fullmatch(
+                target
+            ):
                 index = int(target)
             else:
                 if target or any(cell.strip() for cell in cells):
@@ -764,7 +766,8 @@ class _Selected:
         override = messages.override(cells)
         code = override.get("code")
         if messages.appended and code is not None:
-            if problem := _code_problem(code, messages.part, line, "code"):
+            problem = _code_problem(code, messages.part, line, "code")
+            if problem:
                 self.problems.append(problem)
                 override = {key: value for key, value in override.items() if key != "code"}
         return messages.make(0, override)

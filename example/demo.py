@@ -74,8 +74,11 @@ def main() -> int:
         environment.pop(name, None)
     print("Starting the orchestrator with its embedded Valkey ...", flush=True)
     process = subprocess.Popen(
-        [sys.executable, HERE.parent / "app.py"], env=environment, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True,
+        [sys.executable, HERE.parent / "app.py"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     signal.signal(signal.SIGALRM, lambda *_: process.kill())
     signal.alarm(LIMIT)
