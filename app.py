@@ -196,10 +196,6 @@ class Failed(Exception):
         self.status, self.detail = status, detail
 
 
-#: What Redis and the broker raise when they cannot be reached, or refuse.
-DEPENDENCY_ERRORS = (redis.RedisError, OperationalError, OSError)
-
-
 # The registry of runs
 
 
@@ -214,6 +210,7 @@ class Record:
     phase: str
     agents: int
     jobs: int
+    claim: str = ""  #: names this start of the run, and no other with the same id
     requirements: str = ""  #: base64, as agents get it
     restarts: int = 0
     until: float = 0.0  #: Unix time at which a failed run is forgotten
@@ -328,6 +325,15 @@ class Broker:
         self.redis: redis.Redis | None = None
         if settings.broker_url.startswith(("redis://", "rediss://")):
             self.redis = redis.Redis.from_url(settings.broker_url, **limits)
+        connection = self.celery.connection_for_write()
+        #: What the clients raise when Redis or the broker is gone, or refuses.
+        self.errors: tuple[type[Exception], ...] = (
+            redis.RedisError,
+            OperationalError,
+            OSError,
+            *connection.connection_errors,
+            *connection.channel_errors,
+        )
         self.celery.conf.update(
             broker_transport_options=limits,
             broker_connection_timeout=min(self.timeout, 5),
@@ -522,7 +528,7 @@ class ArgsRepr:
 
     def value(self, value: Any) -> str:
         """One value, as it stands in the repr of a message."""
-        return str(saferepr([{0: value}]))[len("[{0: ") : -len("}]")]
+        return str(saferepr([{0: value}], self.LIMIT))[len("[{0: ") : -len("}]")]
 
     def of(self, job: Json) -> str:
         """The repr of `[job]`."""
@@ -533,7 +539,7 @@ class ArgsRepr:
             else f"{saferepr(key)}: {self.value(value)}"
             for key, value in job.items()
         )
-        if len(text) < self.LIMIT - 8:
+        if len(text) < self.LIMIT - 64:  # nothing in it was cut
             return f"[{{{text}}}]"
         return str(saferepr([job], self.LIMIT))
 
@@ -804,7 +810,7 @@ class Orchestrator:
         self.store = Store(settings)
         self.broker = Broker(settings)
         self.agents = LocalAgents(settings)
-        self.starting: set[str] = set()
+        self.starting: set[str] = set()  # claims whose POST is at work
         password = unquote(urlsplit(settings.broker_url).password or "")
         raw = urlsplit(settings.broker_url).password or ""
         self.secrets = [text for text in (settings.api_token, password, raw) if text]
@@ -826,17 +832,17 @@ class Orchestrator:
         except redis.RedisError as error:
             detail = f"{dependency} refused to {name}: {error}"
             raise Failed(503 if "imeout" in str(error) else 502, self.scrub(detail)) from error
-        except (OperationalError, OSError) as error:
-            detail = f"RabbitMQ could not be reached to {name}: {error}"
-            raise Failed(503, self.scrub(detail)) from error
-        except self.broker.celery.connection_for_write().channel_errors as error:
-            raise Failed(502, self.scrub(f"RabbitMQ refused to {name}: {error}")) from error
+        except self.broker.errors as error:
+            refused = isinstance(error, self.broker.celery.connection_for_write().channel_errors)
+            wrong = "refused" if refused else "could not be reached"
+            detail = f"RabbitMQ {wrong} to {name}: {error or type(error).__name__}"
+            raise Failed(502 if refused else 503, self.scrub(detail)) from error
 
     def record(self, run: Run) -> Record:
         """What the registry will hold of a run that starts."""
         requirements = base64.b64encode(run.requirements.encode()).decode()
         agents, jobs = len(run.configs), len(run.jobs)
-        return Record(run.run_id, self.id, "starting", agents, jobs, requirements)
+        return Record(run.run_id, self.id, "starting", agents, jobs, uuid.uuid4().hex, requirements)
 
     def start_run(self, run: Run) -> None:
         """Claim the run, store the configs, send the jobs, start the agents.
@@ -845,7 +851,7 @@ class Orchestrator:
         `Failed`.
         """
         record = self.record(run)
-        self.starting.add(run.run_id)
+        self.starting.add(record.claim)
         try:
             self.step("claim the run", lambda: self.store.claim(record))
             try:
@@ -860,9 +866,12 @@ class Orchestrator:
                 say("run not started", logging.ERROR, run_id=run.run_id, error=error.detail)
                 self.undo(record, queue=error.status != 409)
                 raise
+            except BaseException:
+                self.undo(record)
+                raise
             say("run started", run_id=run.run_id)
         finally:
-            self.starting.discard(run.run_id)
+            self.starting.discard(record.claim)
 
     def undo(self, record: Record, queue: bool = True) -> None:
         """Undo a start. What cannot be undone now stays in the registry for the monitor."""
@@ -872,7 +881,7 @@ class Orchestrator:
                 with self.broker.connect() as connection:
                     self.broker.forget(connection, record.run_id)
             self.store.forget(record)
-        except DEPENDENCY_ERRORS as error:
+        except self.broker.errors as error:
             say("undo later", logging.WARNING, run_id=record.run_id, error=self.scrub(str(error)))
 
     def ready(self) -> Json:
@@ -884,7 +893,7 @@ class Orchestrator:
             wrong["redis"] = self.scrub(str(error))
         try:
             self.broker.connect().release()
-        except (OperationalError, OSError) as error:
+        except self.broker.errors as error:
             wrong["rabbitmq"] = self.scrub(str(error))
         return wrong
 
@@ -929,7 +938,7 @@ class Monitor:
                 del self.watches[run_id]
             if records:
                 self.look(records)
-        except (*DEPENDENCY_ERRORS, *self.errors()) as error:
+        except self.broker.errors as error:
             self.disconnect()
             if not self.trouble:
                 text = self.orchestrator.scrub(f"{type(error).__name__}: {error}")
@@ -940,21 +949,16 @@ class Monitor:
                 say("monitor goes on")
             self.trouble = False
 
-    def errors(self) -> tuple[type[Exception], ...]:
-        """What the broker's client raises."""
-        connection = self.broker.celery.connection_for_write()
-        return (*connection.connection_errors, *connection.channel_errors)
-
     def disconnect(self) -> None:
         """Drop the connection; the next look opens a new one."""
         if self.connection is not None:
-            with contextlib.suppress(*DEPENDENCY_ERRORS, *self.errors()):
+            with contextlib.suppress(*self.broker.errors):
                 self.connection.release()
         self.connection = self.mailbox = None
 
     def mine(self, record: Record) -> bool:
         """Whether this process is to see to a run; takes over those whose owner is gone."""
-        if record.run_id in self.orchestrator.starting:
+        if record.claim in self.orchestrator.starting:
             return False
         if record.owner == self.orchestrator.id:
             return True

@@ -94,6 +94,7 @@ class Servers:
     redis: "subprocess.Popen[bytes] | None" = None
     epmd: int = field(default_factory=free_port)
     dist: int = field(default_factory=free_port)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -122,6 +123,7 @@ class Servers:
             "RABBITMQ_CONFIG_FILE": str(home / "rabbitmq.conf"),
             "RABBITMQ_PID_FILE": str(home / "pid"),
         }
+        self.environment = environment
         self.rabbitmq = subprocess.Popen(
             [RABBITMQ],
             env=environment,
@@ -140,6 +142,10 @@ class Servers:
             except (OSError, ConnectionError):
                 return False
             return True
+
+    def rabbitmqctl(self, *arguments: str) -> None:
+        command = [str(RABBITMQ.with_name("rabbitmqctl")), *arguments]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
 
     def kill_rabbitmq(self) -> None:
         assert self.rabbitmq is not None
@@ -637,7 +643,7 @@ def test_the_manifest_is_what_the_contract_says() -> None:
         {"RABBITMQ_URL": "amqp://u:hidden@h", "BACKEND_URL": "http://b", "DISTRIB": "minikube"}
     )
     record = orchestrator_module.Record(
-        "r", "o", "starting", 2, 6, base64.b64encode(b"six").decode()
+        "r", "o", "starting", 2, 6, "c", base64.b64encode(b"six").decode()
     )
     job = orchestrator_module.manifest(run, record, settings)
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
@@ -705,6 +711,65 @@ def test_a_run_leaves_nothing_in_rabbitmq(
 
 
 # Faults
+
+
+@pytest.mark.servers
+def test_a_second_post_does_not_disturb_a_start_that_goes_on(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    orchestrator = start(**real(servers, AGENT_COMMAND=""))
+    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run = {"run_id": run_id, "number_of_jobs": 60_000}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(orchestrator.post, run=run)
+        wait_for("the claim", lambda: orchestrator.store().hexists("armada:runs", run_id))
+        assert orchestrator.post(run={"run_id": run_id}).status_code == 409
+        assert first.result().status_code == 200
+    with Connection(servers.url) as connection:
+        found = connection.default_channel.queue_declare(run_id, passive=True)
+        assert found.message_count == 60_000
+        connection.default_channel.queue_delete(run_id)
+    wait_for("the end", lambda: ended(orchestrator, run_id))
+
+
+@pytest.mark.servers
+def test_a_broker_killed_while_jobs_are_sent_leaves_nothing_once_it_is_back(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    orchestrator = start(**real(servers, TIMEOUT="5"))
+    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run = {"run_id": run_id, "number_of_jobs": 200_000}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(orchestrator.post, run=run)
+        wait_for("the configs", lambda: orchestrator.store().exists(f"{run_id}1"))
+        servers.kill_rabbitmq()
+        answer = first.result()
+    assert answer.status_code == 503
+    assert "RabbitMQ" in answer.json()["detail"]
+    servers.start_rabbitmq()
+    wait_for("the undoing", lambda: ended(orchestrator, run_id))
+    assert not orchestrator.store().keys(f"{run_id}*")
+    connection = Connection(servers.url)
+    with connection, pytest.raises(connection.channel_errors, match="NOT_FOUND"):
+        connection.channel().queue_declare(run_id, passive=True)
+
+
+@pytest.mark.servers
+def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    orchestrator = start(**real(servers, TIMEOUT="3"))
+    run_id = f"r{uuid.uuid4().hex[:8]}"
+    servers.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1")
+    try:
+        answer = orchestrator.post(run={"run_id": run_id})
+        assert answer.status_code == 503
+        assert "memory or disk alarm" in answer.json()["detail"]
+    finally:
+        servers.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
+    wait_for("the undoing", lambda: ended(orchestrator, run_id))
+    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+    assert_done(orchestrator, run_id, 6)
 
 
 @pytest.mark.servers
