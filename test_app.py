@@ -27,6 +27,7 @@ import psutil
 import pytest
 import redis
 from celery import Celery
+from celery.utils.saferepr import saferepr
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -635,6 +636,14 @@ def test_configs_and_messages_land_as_foreign_agents_expect_them(
         connection.default_channel.queue_delete(plain)
         connection.default_channel.queue_delete(run_id)
     store.delete(f"{run_id}0", f"{run_id}1", "armada:runs")
+
+
+@given(objects, objects)
+@hypothesis_settings(deadline=None)
+def test_a_job_is_shown_as_celery_would_show_it(default: Any, override: Any) -> None:
+    job = merge.merge(default, override)
+    shown = orchestrator_module.ArgsRepr(default).of(job)
+    assert shown == saferepr([job], 1024, 3)
 
 
 def test_the_manifest_is_what_the_contract_says() -> None:
