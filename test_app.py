@@ -878,6 +878,18 @@ def test_a_run_outlives_a_restart_of_its_servers(
     wait_for("an empty registry", lambda: not orchestrator.store().hlen("armada:runs"))
 
 
+def agent_by_hand(servers: Servers, run_id: str, index: int) -> "subprocess.Popen[bytes]":
+    environment = {
+        **os.environ,
+        "RUN_ID": run_id,
+        "POD_INDEX": str(index),
+        "REDIS_HOST_VAR_ENV": "127.0.0.1",
+        "REDIS_PORT_VAR_ENV": str(servers.redis_port),
+        "RABBITMQ_URL": servers.url,
+    }
+    return subprocess.Popen([sys.executable, HERE / "agent.py"], env=environment)
+
+
 @pytest.mark.servers
 def test_an_agent_started_by_hand_does_its_jobs_and_is_stopped(
     start: Callable[..., Orchestrator], servers: Servers
@@ -885,15 +897,50 @@ def test_an_agent_started_by_hand_does_its_jobs_and_is_stopped(
     orchestrator = start(**real(servers, AGENT_COMMAND="", IDLE_FORGET="2"))
     run_id = f"r{uuid.uuid4().hex[:8]}"
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
-    environment = {
-        **os.environ,
-        "RUN_ID": run_id,
-        "POD_INDEX": "0",
-        "REDIS_HOST_VAR_ENV": "127.0.0.1",
-        "REDIS_PORT_VAR_ENV": str(servers.redis_port),
-        "RABBITMQ_URL": servers.url,
-    }
-    agent = subprocess.Popen([sys.executable, HERE / "agent.py"], env=environment)
+    agent = agent_by_hand(servers, run_id, 0)
     assert agent.wait(60) == 0
     assert set(orchestrator.store().hgetall(f"done:{run_id}")) == set("012345")
     wait_for("the run to be forgotten", lambda: ended(orchestrator, run_id))
+
+
+@pytest.mark.servers
+def test_busy_and_silent_agents_are_waited_for_and_a_late_one_is_stopped(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    orchestrator = start(**real(servers, AGENT_COMMAND="", IDLE_FORGET="20"))
+    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run = {"run_id": run_id, "number_of_jobs": 1}
+    assert orchestrator.post(run=run, job={"retry": 4, "seconds": 4}).status_code == 200
+    agents = [agent_by_hand(servers, run_id, index) for index in range(2)]
+    store = orchestrator.store()
+
+    def workers() -> bool:
+        return any(event.get("workers") == 2 for event in orchestrator.events("run progress"))
+
+    wait_for("both workers", workers)
+    wait_for("the job's retry", lambda: store.hexists(f"tried:{run_id}", "0"))
+    agents[1].send_signal(signal.SIGSTOP)
+    time.sleep(6)  # what is tested: an agent that is silent for some seconds
+    assert not orchestrator.events("run drained")
+    agents[1].send_signal(signal.SIGCONT)
+    wait_for("the end of the job", lambda: store.hget(f"done:{run_id}", "0") == "1")
+    assert [agent.wait(60) for agent in agents] == [0, 0]
+    assert orchestrator.events("run drained")
+    assert agent_by_hand(servers, run_id, 1).wait(60) == 0
+    assert store.hgetall(f"done:{run_id}") == {"0": "1"}
+    with Connection(servers.url) as connection:
+        connection.default_channel.queue_delete(run_id)
+    wait_for("the run to be forgotten", lambda: ended(orchestrator, run_id))
+
+
+@pytest.mark.servers
+def test_parts_may_be_files_or_plain_fields(start: Callable[..., Orchestrator]) -> None:
+    orchestrator = start()
+    parts = form(run={"run_id": "same"}, jobs_csv="v\nx\n")
+    as_fields = {name: (None, value) for name, value in parts.items()}
+    url = f"{orchestrator.url}/bot/start?dry_run=true"
+    answer = httpx.post(url, files=as_fields).json()
+    assert (
+        answer == orchestrator.post(dry_run=True, run={"run_id": "same"}, jobs_csv="v\nx\n").json()
+    )
+    assert answer["job_messages"][0]["v"] == "x"
