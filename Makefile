@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 FIND_PYTHON := PATH="$$PATH$$(printf ':%s' $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin)"
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { \
@@ -52,7 +52,7 @@ test-fast: $(VENV)/ready ## Run the tests that need no server
 
 lint: $(VENV)/ready ## Check format, style and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
-	$(VENV)/bin/mypy app.py merge.py agent.py test_app.py example/demo.py
+	$(VENV)/bin/mypy app.py merge.py agent.py test_app.py example/demo.py chart/render.py chart/test_chart.py
 
 clean: ## Delete the environment and all caches
 	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,6 @@ NAMESPACE ?=
 # More arguments for helm, e.g. HELM_ARGS="--values my-values.yaml"
 HELM_ARGS ?=
 DOCKER_HUB_USERNAME ?= armadasvc
-UV ?= uv
 
 IMAGE_FILES := Dockerfile requirements.txt app.py merge.py agent.py
 
@@ -63,11 +62,13 @@ status: ## Show the runs in flight: phase, jobs left, agents up
 e2e: ## Test install, run, cancel, upgrade and uninstall on the current kubectl context
 	bash chart/e2e.sh $(CHART_VALUES)
 
-.venv-scan/bin/checkov: chart/deploy.mk
-	$(UV) venv --quiet --clear --python 3.13 .venv-scan
-	$(UV) pip install --quiet --python .venv-scan checkov==3.3.30 helm-python-sdk==0.2.2
-	touch $@
+# An environment of its own: checkov pins versions that the tests do not want.
+.venv-scan/ready: chart/deploy.mk | $(VENV)/ready
+	@uv=$$(command -v uv || echo .uv/bin/uv); \
+	$(FIND_PYTHON) $$uv venv -q --clear --python '>=3.12,<3.14' .venv-scan && \
+	$$uv pip install -q --python .venv-scan checkov==3.3.30 helm-python-sdk==0.2.2 pyyaml==6.0.3
+	@touch $@
 
-scan: .venv-scan/bin/checkov ## Scan the rendered chart for weak settings
-	.venv-scan/bin/python chart/render.py > .venv-scan/chart.yaml
+scan: .venv-scan/ready ## Scan the rendered chart for weak settings
+	@.venv-scan/bin/python chart/render.py > .venv-scan/chart.yaml
 	.venv-scan/bin/checkov --config-file chart/.checkov.yaml --file .venv-scan/chart.yaml

@@ -67,7 +67,7 @@ start() {
 agents_up() { [[ $(k get jobs -l "armada.services/run-id=$1" -o 'jsonpath={.items[0].status.ready}') == "$2" ]]; }
 
 nothing_of() {
-    [[ -z $(k get pods -l "armada.services/run-id=$1" -o name) ]] &&
+    [[ -z $(k get pods -l "armada.services/run-id=$1" --field-selector status.phase!=Succeeded -o name) ]] &&
         [[ -z $(redis --scan --pattern "$1*") ]] &&
         ! queues | grep -q "$1"
 }
@@ -94,7 +94,8 @@ status=$(curl --silent --output /dev/null --write-out '%{http_code}' -X POST "$u
 step "the example runs to its end"
 answer=$(start configtemplate=@example/template.json data_job=@example/jobs.csv \
     data_agent=@example/agents.csv python_code=@example/script.py \
-    requirements_txt=@example/requirements.txt)
+    requirements_txt=@example/requirements.txt \
+    "configtune={\"URL\": \"http://$release-orchestrator:8080/health\"}")
 echo "$answer"
 run=$(json run_uuid <<<"$answer")
 jobs=$(json jobs <<<"$answer")

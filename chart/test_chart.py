@@ -121,7 +121,9 @@ def agent_template(values: Manifest | None = None) -> Manifest:
 
 def agent_env(values: Manifest | None = None) -> dict[str, Manifest]:
     (agent,) = [c for c in agent_template(values)["spec"]["containers"] if c["name"] == "agent"]
-    return {variable["name"]: variable for variable in agent["env"]}
+    variables = {variable["name"]: variable for variable in agent["env"]}
+    assert len(variables) == len(agent["env"])
+    return variables
 
 
 def secret_data(values: Manifest | None = None) -> dict[str, str]:
