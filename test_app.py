@@ -260,6 +260,10 @@ def form(
     return parts
 
 
+def new_run_id() -> str:
+    return f"r{uuid.uuid4().hex[:8]}"
+
+
 def parsed(**parts: Any) -> Run:
     return parse_run(form(**parts), "generated", Limits())
 
@@ -588,7 +592,7 @@ def test_configs_and_messages_land_as_foreign_agents_expect_them(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, AGENT_COMMAND=""))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     tricky: dict[str, Any] = {
         "q": 'it\'s "é"\n',
         "n": None,
@@ -674,7 +678,7 @@ def test_the_manifest_is_what_the_contract_says() -> None:
 
 @pytest.mark.servers
 def test_a_run_does_every_job_once_and_its_agents_stop(orchestrator: Orchestrator) -> None:
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     answer = orchestrator.post(run={"run_id": run_id}, jobs_csv="retry\n\n3\n")
     assert answer.status_code == 200, answer.text
     assert orchestrator.post(run={"run_id": run_id}).status_code == 409
@@ -694,7 +698,7 @@ def test_three_runs_at_once_keep_to_themselves(orchestrator: Orchestrator) -> No
 
 @pytest.mark.servers
 def test_one_of_twenty_posts_of_one_run_id_wins(orchestrator: Orchestrator) -> None:
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     with ThreadPoolExecutor(20) as pool:
         posts = pool.map(lambda _: orchestrator.post(run={"run_id": run_id}), range(20))
         statuses = sorted(answer.status_code for answer in posts)
@@ -707,7 +711,7 @@ def test_a_run_leaves_nothing_in_rabbitmq(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
     assert_done(orchestrator, run_id, 6)
     with Connection(servers.url) as connection:
@@ -727,7 +731,7 @@ def test_a_second_post_does_not_disturb_a_start_that_goes_on(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, AGENT_COMMAND=""))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 60_000}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(orchestrator.post, run=run)
@@ -746,7 +750,7 @@ def test_a_broker_killed_while_jobs_are_sent_leaves_nothing_once_it_is_back(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, TIMEOUT="5"))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 200_000}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(orchestrator.post, run=run)
@@ -768,7 +772,7 @@ def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, TIMEOUT="3"))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     servers.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1")
     try:
         answer = orchestrator.post(run={"run_id": run_id})
@@ -783,7 +787,7 @@ def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
 
 @pytest.mark.servers
 def test_a_job_whose_agent_is_killed_is_done_by_another(orchestrator: Orchestrator) -> None:
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 4}
     assert orchestrator.post(run=run, job={"seconds": 2}).status_code == 200
     store = orchestrator.store()
@@ -799,7 +803,7 @@ def test_a_job_whose_agent_is_killed_is_done_by_another(orchestrator: Orchestrat
 def test_agents_are_started_anew_when_all_have_gone_with_jobs_left(
     orchestrator: Orchestrator,
 ) -> None:
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     assert orchestrator.post(run={"run_id": run_id}, job={"seconds": 1}).status_code == 200
     store = orchestrator.store()
     wait_for("two agents", lambda: len(set(store.hvals(f"begun:{run_id}"))) == 2)
@@ -814,7 +818,7 @@ def test_agents_that_crash_for_good_fail_the_run_with_its_jobs_kept(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, MAX_RESTARTS="1", KEEP_FAILED="3"))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     assert orchestrator.post(run={"run_id": run_id}, script="1 / 0").status_code == 200
     failed = wait_for("the failure", lambda: orchestrator.events("run failed"))
     assert failed[0]["jobs_left"] == 6
@@ -842,7 +846,7 @@ def test_a_run_goes_on_after_its_orchestrator_was_killed(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     first = start(**real(servers))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     assert first.post(run={"run_id": run_id}, job={"seconds": 1}).status_code == 200
     wait_for("a job", lambda: first.store().hgetall(f"begun:{run_id}"))
     assert first.process is not None
@@ -858,7 +862,7 @@ def test_a_run_outlives_a_restart_of_its_servers(
     start: Callable[..., Orchestrator], servers: Servers, server: str
 ) -> None:
     orchestrator = start(**real(servers))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 10}
     assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
     wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{run_id}"))
@@ -895,7 +899,7 @@ def test_an_agent_started_by_hand_does_its_jobs_and_is_stopped(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, AGENT_COMMAND="", IDLE_FORGET="2"))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
     agent = agent_by_hand(servers, run_id, 0)
     assert agent.wait(60) == 0
@@ -908,7 +912,7 @@ def test_busy_and_silent_agents_are_waited_for_and_a_late_one_is_stopped(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, AGENT_COMMAND="", IDLE_FORGET="20"))
-    run_id = f"r{uuid.uuid4().hex[:8]}"
+    run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 1}
     assert orchestrator.post(run=run, job={"retry": 4, "seconds": 4}).status_code == 200
     agents = [agent_by_hand(servers, run_id, index) for index in range(2)]
