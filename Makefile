@@ -52,7 +52,7 @@ test-fast: $(VENV)/ready ## Run the tests that need no server
 
 lint: $(VENV)/ready ## Check format, style and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
-	$(VENV)/bin/mypy app.py merge.py agent.py test_app.py example/demo.py chart/render.py chart/test_chart.py
+	$(VENV)/bin/mypy *.py example/demo.py chart/render.py chart/test_chart.py
 
 clean: ## Delete the environment and all caches
 	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 Tests look at what landed: in Redis, in the queue, in the process table.
 """
 
-import base64
 import csv
 import io
 import json
@@ -33,9 +32,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kombu import Connection
 
-import app as orchestrator_module
+import broker as broker_module
+import fleet
 import merge
 from merge import Invalid, Limits, Run, parse_run
+from settings import Settings
 
 HERE = Path(__file__).parent
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -646,19 +647,16 @@ def test_configs_and_messages_land_as_foreign_agents_expect_them(
 @hypothesis_settings(deadline=None)
 def test_a_job_is_shown_as_celery_would_show_it(default: Any, override: Any) -> None:
     job = merge.merge(default, override)
-    shown = orchestrator_module.ArgsRepr(default).of(job)
+    shown = broker_module.ArgsRepr(default).of(job)
     assert shown == saferepr([job], 1024, 3)
 
 
 def test_the_manifest_is_what_the_contract_says() -> None:
     run = parsed(run={"run_id": "r"}, requirements_txt=b"six")
-    settings = orchestrator_module.Settings.read(
+    settings = Settings.read(
         {"RABBITMQ_URL": "amqp://u:hidden@h", "BACKEND_URL": "http://b", "DISTRIB": "minikube"}
     )
-    record = orchestrator_module.Record(
-        "r", "o", "starting", 2, 6, "c", base64.b64encode(b"six").decode()
-    )
-    job = orchestrator_module.manifest(run, record, settings)
+    job = fleet.manifest(run, "claim", settings)
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert job["metadata"]["name"] == "agent-r"
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)

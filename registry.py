@@ -1,0 +1,162 @@
+"""Redis: the runs there are, their agents' configs, and which orchestrators are alive."""
+
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import orjson
+import redis
+
+import merge
+from merge import Json, Run
+from settings import MIB, Settings
+
+
+class Failed(Exception):
+    """A request cannot be served: an HTTP status and one sentence for the client."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+
+
+class Phase(StrEnum):
+    """Where a run stands. A start that fails is undone; a run that is running goes on."""
+
+    STARTING = "starting"  #: a POST is at work
+    RUNNING = "running"  #: all jobs are in the queue
+    RESTARTING = "restarting"  #: the agents have gone with jobs left, and are created anew
+    DRAINED = "drained"  #: every job has been consumed; agents are being stopped
+    FAILED = "failed"  #: jobs are left that no agent will do; they are kept for a while
+    CANCELLED = "cancelled"  #: somebody has deleted the Kubernetes Job; agents are being stopped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What the registry holds of a run; written before the first side effect."""
+
+    run_id: str
+    claim: str  #: names this start of the run, and no other with the same id
+    owner: str  #: the orchestrator process that starts and monitors it
+    phase: Phase
+    agents: int
+    jobs: int
+    k8s_job: str  #: name of the Kubernetes Job
+    restarts: int = 0
+    until: float = 0.0  #: Unix time at which a failed run is forgotten
+
+    def dump(self) -> bytes:
+        """The record as it is stored."""
+        return orjson.dumps(asdict(self))
+
+    @staticmethod
+    def load(data: bytes | str) -> "Record":
+        """The inverse of `dump`."""
+        stored = orjson.loads(data)
+        return Record(**stored | {"phase": Phase(stored["phase"])})
+
+
+class Registry:
+    """Redis: the runs, their agents' configs, and which orchestrators are alive.
+
+    Every method raises `redis.RedisError`.
+    """
+
+    RUNS = "armada:runs"  #: hash: run id -> record
+    MANIFEST = "armada:manifest:"  #: + run id -> the Kubernetes Job that agents are made from
+    OWNER = "armada:owner:"  #: + owner -> exists while that process lives
+    OWNER_SECONDS = 15
+
+    refusals = (redis.ResponseError,)
+
+    def __init__(self, settings: Settings) -> None:
+        self.name = f"Redis at {settings.redis_host}:{settings.redis_port}"
+        self.redis = redis.Redis(
+            host=settings.redis_host,
+            port=settings.redis_port,
+            socket_timeout=settings.timeout,
+            socket_connect_timeout=settings.timeout,
+        )
+
+    def claim(self, record: Record, manifest: Json, queue_exists: bool) -> None:
+        """Enter a run. Raises `Failed` (409) where it exists, or another one uses its names."""
+
+        def enter(pipe: "redis.client.Pipeline") -> None:
+            for other in map(Record.load, pipe.hvals(self.RUNS)):
+                if other.run_id == record.run_id:
+                    detail = f"a run {record.run_id} exists ({other.phase})"
+                    raise Failed(409, f"{detail}; nothing was changed")
+                if merge.collide(record.run_id, record.agents, other.run_id, other.agents):
+                    detail = f"the run {other.run_id} uses Redis keys that this run would use"
+                    raise Failed(409, f"{detail}; nothing was changed, choose another run_id")
+            if queue_exists:
+                detail = f"a queue {record.run_id} exists that belongs to no run"
+                raise Failed(409, f"{detail}; nothing was changed, choose another run_id")
+            pipe.multi()
+            pipe.hset(self.RUNS, record.run_id, record.dump())
+            pipe.set(self.MANIFEST + record.run_id, orjson.dumps(manifest))
+
+        self.redis.transaction(enter, self.RUNS)
+
+    def update(self, old: Record, **changes: Any) -> Record | None:
+        """Change a record. None, and nothing changed, where somebody else has changed it."""
+        new = replace(old, **changes)
+        done = False
+
+        def swap(pipe: "redis.client.Pipeline") -> None:
+            nonlocal done
+            done = pipe.hget(self.RUNS, old.run_id) == old.dump()
+            pipe.multi()
+            if done:
+                pipe.hset(self.RUNS, new.run_id, new.dump())
+
+        self.redis.transaction(swap, self.RUNS)
+        return new if done else None
+
+    def records(self) -> list[Record]:
+        """All runs."""
+        return [Record.load(data) for data in self.redis.hvals(self.RUNS)]
+
+    def get(self, run_id: str) -> Record | None:
+        """One run."""
+        data = self.redis.hget(self.RUNS, run_id)
+        return Record.load(data) if data else None
+
+    def manifest(self, run_id: str) -> Json:
+        """The Kubernetes Job that a run's agents are made from."""
+        stored: Json = orjson.loads(self.redis.get(self.MANIFEST + run_id) or b"{}")
+        return stored
+
+    def store_configs(self, run: Run) -> None:
+        """Write the agent configs, a few MiB at a time."""
+        pipe, size = self.redis.pipeline(transaction=False), 0
+        for index, config in enumerate(run.configs):
+            data = run.configs.encode(config)
+            pipe.set(merge.config_key(run.run_id, index), data)
+            size += len(data)
+            if size > 4 * MIB:
+                pipe.execute()
+                size = 0
+        pipe.execute()
+
+    def forget(self, record: Record) -> None:
+        """Delete a run's configs and then its record."""
+        for start in range(0, record.agents, 1000):
+            indices = range(start, min(start + 1000, record.agents))
+            self.redis.unlink(*(merge.config_key(record.run_id, index) for index in indices))
+        pipe = self.redis.pipeline()
+        pipe.hdel(self.RUNS, record.run_id)
+        pipe.unlink(self.MANIFEST + record.run_id)
+        pipe.execute()
+
+    def beat(self, owner: str) -> None:
+        """Say that this process lives."""
+        self.redis.set(self.OWNER + owner, "1", ex=self.OWNER_SECONDS)
+
+    def alive(self, owner: str) -> bool:
+        """Whether a process has said lately that it lives."""
+        return bool(self.redis.exists(self.OWNER + owner))
+
+    def leave(self, owner: str) -> None:
+        """Say that this process ends, so that others need not wait to see it."""
+        self.redis.unlink(self.OWNER + owner)
