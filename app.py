@@ -90,8 +90,8 @@ class Orchestrator:
         job = manifest(run, record.claim, self.settings)
         self.starting.add(record.claim)
         try:
-            with self.step(broker, "look for the queue"), broker.connection() as connection:
-                queue = broker.look(connection, [run.run_id])[run.run_id]
+            with self.step(broker, "look for the queue"):
+                queue = broker.look_once(run.run_id)
             with self.step(registry, "claim the run"):
                 registry.claim(record, job, queue_exists=not queue.missing)
             say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
@@ -421,10 +421,34 @@ class Monitor:
 UPLOAD_SECONDS = 300  # that a client may take to send a run
 
 
-async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
+@contextlib.contextmanager
+def memory(app: Starlette) -> Iterator[Callable[[int], None]]:
+    """Count the bytes that a request holds against what all requests together may hold.
+
+    What is yielded takes more bytes, or raises `Failed` (503).
+    """
+    settings: Settings = app.state.settings
+    most, mine = settings.max_upload_bytes * settings.max_concurrent_starts, 0
+
+    def hold(size: int) -> None:
+        nonlocal mine
+        mine += size
+        app.state.held += size
+        if app.state.held > most:
+            raise Failed(503, f"the uploads at work hold {most} bytes already; try again later")
+
+    try:
+        yield hold
+    finally:
+        app.state.held -= mine
+
+
+async def read_parts(
+    request: Request, settings: Settings, hold: Callable[[int], None]
+) -> dict[str, bytes]:
     """The known parts of a multipart body, each within its limit while it is read.
 
-    Raises `Failed` (400, 408, 413, 422). Unknown parts are dropped as they come.
+    Raises `Failed` (400, 408, 413, 422, 503). Unknown parts are dropped as they come.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
@@ -487,6 +511,7 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
                 if size > limit:
                     detail = f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)"
                     raise Failed(413, detail)
+                hold(len(chunk))
                 parser.write(chunk)
     except TimeoutError:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
@@ -534,14 +559,15 @@ async def start(request: Request) -> Response:
     try:
         if dry not in ("true", "1", "false", "0"):
             raise Failed(422, f"dry_run must be true or false, not {dry[:80]!r}")
-        parts = await read_parts(request, settings)
-        async with request.app.state.starts:
-            run = await run_in_threadpool(parse_run, parts, str(uuid.uuid4()), settings.limits)
-            extra: Json = {}
-            if dry in ("true", "1"):
-                extra = await run_in_threadpool(dry_run, orchestrator, run)
-            else:
-                await run_in_threadpool(orchestrator.start_run, run)
+        with memory(request.app) as hold:
+            parts = await read_parts(request, settings, hold)
+            async with request.app.state.starts:
+                run = await run_in_threadpool(parse_run, parts, str(uuid.uuid4()), settings.limits)
+                extra: Json = {}
+                if dry in ("true", "1"):
+                    extra = await run_in_threadpool(dry_run, orchestrator, run)
+                else:
+                    await run_in_threadpool(orchestrator.start_run, run)
     except Invalid as invalid:
         more = len(invalid.problems) - 1
         detail = str(invalid) + (f" (and {more} more)" if more else "")
@@ -624,7 +650,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         embedded=embedded is not None,
     )
     app.state.orchestrator = orchestrator
-    app.state.starts = asyncio.Semaphore(max(1, settings.max_concurrent_starts))
+    app.state.starts = asyncio.Semaphore(settings.max_concurrent_starts)
+    app.state.held = 0
     monitor = asyncio.create_task(watch_runs(Monitor(orchestrator)))
     try:
         yield
@@ -679,7 +706,10 @@ def main() -> None:
     uvicorn.run(app, host=host, port=settings.port, log_config=None, timeout_graceful_shutdown=60)
 
 
-app = make_app(Settings.read(os.environ))
+try:
+    app = make_app(Settings.read(os.environ))
+except ValueError as error:
+    raise SystemExit(f"The orchestrator cannot start: {error}") from None
 
 if __name__ == "__main__":
     main()

@@ -80,16 +80,16 @@ class Broker:
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
         """A connection for a few steps; one that served well is kept for the next steps."""
-        connection = None
-        with contextlib.suppress(IndexError, *self.errors):
+        try:
             connection = self.kept.pop()
-            connection.channel().close()  # does it still answer?
-        if connection is None or not connection.connected:
+        except IndexError:
             connection = self.connect()
         try:
             yield connection
         except BaseException:
-            self.close(connection)
+            self.kept.append(connection)
+            while self.kept:  # what broke one may have broken all
+                self.close(self.kept.pop())
             raise
         self.kept.append(connection)
 
@@ -97,6 +97,17 @@ class Broker:
         """Close a connection, whatever state it is in."""
         with contextlib.suppress(*self.errors):
             connection.release()
+
+    def look_once(self, run_id: str) -> Depth:
+        """Look at one queue; on a new connection where those that were kept have died."""
+        while True:
+            kept = bool(self.kept)
+            try:
+                with self.connection() as connection:
+                    return self.look(connection, [run_id])[run_id]
+            except self.errors:
+                if not kept:
+                    raise
 
     def look(self, connection: Connection, run_ids: Iterable[str]) -> dict[str, Depth]:
         """Look at queues: one passive declare each."""
@@ -115,8 +126,12 @@ class Broker:
 
     def send_jobs(self, connection: Connection, run: Run) -> None:
         """Declare the run's queue and send every job message, confirmed by the broker."""
-        channel, queue = connection.channel(), run_queue(run.run_id)
-        queue(channel).declare()
+        channel = connection.channel()
+        queue = run_queue(run.run_id)(channel)
+        # A refusal of what is not waited for comes with the next answer that is.
+        queue.exchange.declare(nowait=self.amqp)
+        queue.queue_declare()
+        queue.queue_bind(nowait=self.amqp)
         if self.amqp:
             send_confirmed(self.celery, channel, run, self.timeout)
         else:
@@ -180,7 +195,7 @@ def send_confirmed(
 
     Raises `OperationalError` when the broker refuses one or is silent for `timeout` seconds.
     """
-    channel.confirm_select()
+    channel.confirm_select(nowait=True)
     pending: dict[int, None] = {}
 
     def confirm(tag: int, multiple: bool) -> None:

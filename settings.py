@@ -81,6 +81,8 @@ class Settings:
             else:
                 given[known.name] = text
         settings = cls(**given)
+        if not settings.max_concurrent_starts:
+            raise ValueError("MAX_CONCURRENT_STARTS must be at least 1")
         for name, value, choices in (
             ("PLATFORM", settings.platform, ("local", "distant")),
             ("DISTRIB", settings.distrib, ("kube", "minikube")),
