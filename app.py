@@ -27,6 +27,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -443,67 +444,75 @@ def memory(app: Starlette) -> Iterator[Callable[[int], None]]:
         app.state.held -= mine
 
 
+class Form:
+    """The known parts of a multipart body. Others are dropped as they come.
+
+    Raises `Failed` while it is fed: 413 where a part is over its limit, 422 where one stands twice.
+    """
+
+    def __init__(self, boundary: bytes, settings: Settings) -> None:
+        upload, script = settings.max_upload_bytes, settings.max_script_bytes
+        self.limits = dict.fromkeys(merge.PARTS, ("MAX_UPLOAD_BYTES", upload))
+        self.limits["python_code"] = ("MAX_SCRIPT_BYTES", script)
+        self.limits["requirements_txt"] = (
+            "MAX_REQUIREMENTS_BYTES",
+            settings.max_requirements_bytes,
+        )
+        self.parts: dict[str, bytearray] = {}
+        self.name, self.header, self.value = "", b"", b""
+        self.complete = False
+        callbacks = {name: getattr(self, name) for name in dir(self) if name.startswith("on_")}
+        self.parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]  # by name
+
+    def on_part_begin(self) -> None:
+        """Before a part's headers."""
+        self.name, self.header, self.value = "", b"", b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        """A piece of a header's name."""
+        self.header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        """A piece of a header's value."""
+        self.value += data[start:end]
+
+    def on_header_end(self) -> None:
+        """Behind a header."""
+        if self.header.lower() == b"content-disposition":
+            _, disposition = parse_options_header(self.value)
+            self.name = disposition.get(b"name", b"").decode("utf-8", "replace")
+        self.header = self.value = b""
+
+    def on_headers_finished(self) -> None:
+        """Before a part's data."""
+        if self.name in self.parts:
+            raise Failed(422, f"the part {self.name} stands twice")
+        if self.name in self.limits:
+            self.parts[self.name] = bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """A piece of a part."""
+        if self.name not in self.limits:
+            return
+        part, (setting, limit) = self.parts[self.name], self.limits[self.name]
+        part += data[start:end]
+        if len(part) > limit:
+            raise Failed(413, f"the part {self.name} is larger than {limit} bytes ({setting})")
+
+    def on_end(self) -> None:
+        """Behind the closing boundary."""
+        self.complete = True
+
+
 async def read_parts(
     request: Request, settings: Settings, hold: Callable[[int], None]
 ) -> dict[str, bytes]:
-    """The known parts of a multipart body, each within its limit while it is read.
-
-    Raises `Failed` (400, 408, 413, 422, 503). Unknown parts are dropped as they come.
-    """
+    """The known parts of the body. Raises `Failed` (400, 408, 413, 422, 503)."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise Failed(400, "the body must be multipart/form-data, with a boundary")
-    limits = dict.fromkeys(merge.PARTS, ("MAX_UPLOAD_BYTES", settings.max_upload_bytes))
-    limits["python_code"] = ("MAX_SCRIPT_BYTES", settings.max_script_bytes)
-    limits["requirements_txt"] = ("MAX_REQUIREMENTS_BYTES", settings.max_requirements_bytes)
-    parts: dict[str, bytearray] = {}
-    header, value = bytearray(), bytearray()
-    current, ended = "", False
-
-    def part_begin() -> None:
-        nonlocal current
-        current = ""
-
-    def header_end() -> None:
-        nonlocal current
-        if header.lower() == b"content-disposition":
-            _, disposition = parse_options_header(bytes(value))
-            current = disposition.get(b"name", b"").decode("utf-8", "replace")
-        header.clear()
-        value.clear()
-
-    def headers_finished() -> None:
-        if current in parts:
-            raise Failed(422, f"the part {current} stands twice")
-        if current in limits:
-            parts[current] = bytearray()
-
-    def part_data(data: bytes, start: int, end: int) -> None:
-        if current not in limits:
-            return
-        parts[current] += data[start:end]
-        name, limit = limits[current]
-        if len(parts[current]) > limit:
-            raise Failed(413, f"the part {current} is larger than {limit} bytes ({name})")
-
-    def finish() -> None:
-        nonlocal ended
-        ended = True
-
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_part_begin": part_begin,
-            "on_header_field": lambda data, start, end: header.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: value.extend(data[start:end]),
-            "on_header_end": header_end,
-            "on_headers_finished": headers_finished,
-            "on_part_data": part_data,
-            "on_end": finish,
-        },
-    )
-    size, limit = 0, settings.max_upload_bytes
+    form, size, limit = Form(boundary, settings), 0, settings.max_upload_bytes
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
             async for chunk in request.stream():
@@ -512,14 +521,14 @@ async def read_parts(
                     detail = f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)"
                     raise Failed(413, detail)
                 hold(len(chunk))
-                parser.write(chunk)
+                form.parser.write(chunk)
     except TimeoutError:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
     except FormParserError as error:
         raise Failed(400, f"the body is not multipart/form-data: {error}") from None
-    if not ended:
+    if not form.complete:
         raise Failed(400, "the body is not multipart/form-data: its closing boundary is missing")
-    return {name: bytes(part) for name, part in parts.items()}
+    return {name: bytes(form.parts.pop(name)) for name in list(form.parts)}
 
 
 def dry_run(orchestrator: Orchestrator, run: Run) -> Json:
@@ -589,6 +598,13 @@ async def health(request: Request) -> Response:
     if failing:
         return answer({"status": "not ready", "failing": failing}, 503)
     return answer({"status": "ready"})
+
+
+async def not_served(request: Request, error: Exception) -> Response:
+    """The answer to a wrong path or method (404, 405), or to a fault of this program (500)."""
+    if isinstance(error, HTTPException):
+        return answer({"detail": error.detail}, error.status_code, error.headers)
+    return answer({"detail": "the orchestrator failed, and its log says how"}, 500)
 
 
 # The process
@@ -688,7 +704,12 @@ def make_app(settings: Settings) -> Starlette:
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
     )
-    made = Starlette(routes=routes, lifespan=lifespan, middleware=[cors])
+    made = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[cors],
+        exception_handlers={HTTPException: not_served, Exception: not_served},
+    )
     made.state.settings = settings
     return made
 
