@@ -278,7 +278,7 @@ class Monitor:
             self.broker.purge(record.run_id)
         elif record.phase == Phase.RUNNING:
             self.drain(record, watch, depth, fleet, workers)
-        elif self.stop(record, watch, depth, fleet) and time.time() > record.until:
+        elif self.stop(record, watch, depth, fleet) and not self.kept(record, depth, fleet):
             self.finish(record, depth, fleet)
 
     def show(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet, workers: int) -> None:
@@ -393,6 +393,11 @@ class Monitor:
             say("agents ended by force", logging.WARNING, run_id=record.run_id, agents=fleet.live)
             self.agents.end(record, fleet)
         return False
+
+    def kept(self, record: Record, depth: Depth, fleet: Fleet) -> bool:
+        """Whether the messages left are still kept: somebody may drop them, or the Job, earlier."""
+        dropped = depth.missing or fleet.deleted
+        return record.phase == Phase.FAILED and time.time() < record.until and not dropped
 
     def finish(self, record: Record, depth: Depth, fleet: Fleet) -> None:
         """Leave nothing of a run that is over, but what its platform keeps for inspection."""
