@@ -45,7 +45,7 @@ servers: # RabbitMQ and Redis for the tests, where they can be installed
 	    $$as apt-get install -yq --no-install-recommends rabbitmq-server redis-server >/dev/null; } || true; }
 
 test: $(VENV)/ready servers ## Run all tests, against servers that they start themselves
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 4
 
 test-fast: $(VENV)/ready ## Run the tests that need no server
 	@$(PY) -m pytest -m "not servers" -q
