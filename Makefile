@@ -1,6 +1,9 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 URL ?= http://localhost:8080
+# What the example's jobs ask: in a cluster agents know the orchestrator by another name than you do
+TARGET_URL ?= $(URL)/health
+export TOKEN
 VENV := .venv
 PY := $(VENV)/bin/python
 UV_VERSION := 0.13.9
@@ -30,11 +33,12 @@ run: $(VENV)/ready ## Serve on http://localhost:8080 until interrupted
 	@$(PY) app.py
 
 start: $(VENV)/ready ## Post the example to URL (default http://localhost:8080), with TOKEN if set
-	@printf '{"URL": "%s/health"}' "$(URL)" | curl -fsS -X POST "$(URL)/bot/start" \
-	  $(if $(TOKEN),-H "Authorization: Bearer $(TOKEN)") \
+	@printf '{"URL": "%s"}' "$(TARGET_URL)" | curl -sS -X POST "$(URL)/bot/start" \
+	  $(if $(TOKEN),-H @<(printf 'Authorization: Bearer %s' "$$TOKEN")) \
 	  -F configtemplate=@example/template.json -F data_job=@example/jobs.csv \
 	  -F data_agent=@example/agents.csv -F python_code=@example/script.py \
-	  -F requirements_txt=@example/requirements.txt -F "configtune=@-;filename=configtune.json"; echo
+	  -F requirements_txt=@example/requirements.txt -F "configtune=@-;filename=configtune.json" \
+	  | $(PY) example/demo.py --follow "$(URL)"
 
 servers: # RabbitMQ and Redis for the tests, where they can be installed
 	@command -v redis-server >/dev/null && test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { \

@@ -1,6 +1,8 @@
 """`make demo`: serve, post the example, watch it to its end, show the results, shut down.
 
-Exits with 0 only if every job ran and every agent stopped.
+Exits with 0 only if every job ran and every agent stopped. `make start` pipes an orchestrator's
+answer into `demo.py --follow URL`, which shows it, and the run's progress where its Redis can be
+reached from here.
 """
 
 import json
@@ -29,8 +31,8 @@ def events(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def post(url: str) -> dict[str, Any]:
-    """Post the example. Raises httpx errors."""
+def post(url: str, dry_run: bool = False) -> httpx.Response:
+    """Post the example."""
     names = {
         "configtemplate": "template.json",
         "data_job": "jobs.csv",
@@ -40,9 +42,10 @@ def post(url: str) -> dict[str, Any]:
     }
     files = {part: (name, (HERE / name).read_bytes()) for part, name in names.items()}
     files["configtune"] = ("configtune.json", json.dumps({"URL": f"{url}/health"}).encode())
-    answer = httpx.post(f"{url}/bot/start", files=files, timeout=60)
-    answer.raise_for_status()
-    return dict(answer.json())
+    headers = {"Authorization": f"Bearer {token}"} if (token := os.environ.get("TOKEN")) else {}
+    params = {"dry_run": "true"} if dry_run else {}
+    url = f"{url}/bot/start"
+    return httpx.post(url, files=files, headers=headers, params=params, timeout=60)
 
 
 def show(done: int, jobs: int, agents: int, begun: float) -> None:
@@ -50,19 +53,65 @@ def show(done: int, jobs: int, agents: int, begun: float) -> None:
     text = f"{done}/{jobs} jobs done, {jobs - done} left, {agents} agents, "
     text += f"{time.monotonic() - begun:.0f} s"
     if sys.stdout.isatty():
-        bar = "#" * (30 * done // jobs)
-        print(f"\r[{bar:<30}] {text}\x1b[K", end="", flush=True)
+        full = 30 * done // jobs
+        print(f"\r{'█' * full}{'░' * (30 - full)} {text}\x1b[K", end="", flush=True)
     else:
         print(text, flush=True)
 
 
-def table(results: list[dict[str, Any]]) -> None:
-    """The results, a line per job."""
-    columns = ("job", "agent", "status", "milliseconds", "size", "user_agent", "name")
-    rows = [columns, *(tuple(str(result[c]) for c in columns) for result in results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)))
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """A line per row, as wide as it needs."""
+    cells = [columns, *(tuple(str(row.get(c, "")) for c in columns) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        line = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(line).rstrip())
+
+
+def results(store: "redis.Redis", run_id: str) -> list[dict[str, Any]]:
+    """Show what the jobs of a run have measured; returns it."""
+    found = [json.loads(value) for value in store.hvals(f"example:{run_id}")]
+    found.sort(key=lambda result: int(result["job"]))
+    print()
+    table(found, ("job", "agent", "status", "milliseconds", "size", "user_agent", "name"))
+    return found
+
+
+def follow(url: str) -> int:
+    """Show an orchestrator's answer and, where possible, the run's progress and results."""
+    text = sys.stdin.read()
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        print(text or f"{url} did not answer; does `make run` serve there?")
+        return 1
+    if "run_uuid" not in answer:
+        print(f"Refused: {answer.get('detail')}")
+        if errors := answer.get("errors"):
+            table(errors, ("part", "line", "column", "field", "message"))
+        return 1
+    run_id, jobs, agents = answer["run_uuid"], answer["jobs"], answer["agents"]
+    print(f"Run {run_id}: {jobs} jobs for {agents} agents")
+    for warning in answer["warnings"]:
+        print(f"Warning: {warning}")
+    # A dry run tells what agents would find in their environment: also where Redis is.
+    [container] = post(url, dry_run=True).json()["kubernetes_job"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    told = {item["name"]: item.get("value", "") for item in container["env"]}
+    host, port = told["REDIS_HOST_VAR_ENV"], int(told["REDIS_PORT_VAR_ENV"])
+    store, begun = (
+        redis.Redis(host, port, socket_connect_timeout=2, socket_timeout=5),
+        time.monotonic(),
+    )
+    try:
+        while store.hexists("armada:runs", run_id):
+            show(int(store.hlen(f"example:{run_id}")), jobs, agents, begun)
+            time.sleep(0.5)
+    except redis.RedisError:
+        print("It runs in a cluster: `make status` shows its progress.")
+        return 0
+    return 0 if len(results(store, run_id)) == jobs else 1
 
 
 def main() -> int:
@@ -84,32 +133,29 @@ def main() -> int:
     signal.alarm(LIMIT)
     begun = time.monotonic()
     run: dict[str, Any] = {}
-    results: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     failed = 1
     try:
         for event in events(process):
             if event["event"] == "orchestrator started":
                 store = redis.Redis("127.0.0.1", int(event["redis"].split(":")[1]))
             elif event["event"].startswith("Uvicorn running"):
-                run = post(f"http://127.0.0.1:{port}")
+                run = post(f"http://127.0.0.1:{port}").raise_for_status().json()
                 print(f"Run {run['run_uuid']}: {run['jobs']} jobs for {run['agents']} agents")
             elif event["event"] == "run progress":
-                done = store.hlen(f"example:{event['run_id']}")
-                show(int(done), run["jobs"], event["agents"], begun)
+                count = int(store.hlen(f"example:{event['run_id']}"))
+                show(count, run["jobs"], event["agents"], begun)
             elif event["event"] in ("run stopped", "run failed"):
-                stored = store.hgetall(f"example:{event['run_id']}").values()
-                results = sorted((json.loads(v) for v in stored), key=lambda r: int(r["job"]))
+                done = results(store, event["run_id"])
                 failed = event["agents_failed"] + (event["event"] == "run failed")
                 break
     finally:
         process.terminate()
         process.communicate()
-    print()
-    table(results)
-    complete = bool(run) and len(results) == run["jobs"] and failed == 0
+    complete = bool(run) and len(done) == run["jobs"] and failed == 0
     print("All jobs ran and all agents stopped." if complete else "The run is not complete.")
     return 0 if complete else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(follow(sys.argv[2]) if sys.argv[1:2] == ["--follow"] else main())
