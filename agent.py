@@ -47,6 +47,7 @@ def main() -> None:
         exec(config["code"], {"app": app, "agent_message": config})
         app.worker_main(
             [
+                "--quiet",
                 "worker",
                 f"--queues={run_id}",
                 "--concurrency=1",
