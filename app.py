@@ -67,6 +67,7 @@ class Orchestrator:
         self.errors: tuple[type[Exception], ...] = (*self.broker.errors, *self.agents.errors)
         self.refusals: tuple[type[Exception], ...] = (redis.ResponseError, *self.broker.refusals)
         self.starting: set[str] = set()  # claims whose POST is at work
+        self.failed: set[str] = set()  # claims whose POST has failed, whatever Redis says of them
 
     def new_record(self, run: Run) -> Record:
         """What the registry will hold of a run that starts."""
@@ -111,6 +112,7 @@ class Orchestrator:
                     agents.start(record, job)
             except BaseException as error:
                 say("run not started", logging.ERROR, run_id=run.run_id, error=error)
+                self.failed.add(record.claim)
                 self.undo(record)
                 raise
             say("run started", run_id=run.run_id)
@@ -140,6 +142,7 @@ class Orchestrator:
                 with self.broker.connection() as connection:
                     self.broker.forget(connection, record.run_id)
                 self.registry.forget(record)
+            self.failed.discard(record.claim)
             say("run undone", run_id=record.run_id)
         except self.errors as error:
             say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
@@ -267,7 +270,7 @@ class Monitor:
         else:
             watch.quiet += 1
         self.show(record, watch, depth, fleet, workers)
-        if record.phase == Phase.STARTING:
+        if record.phase == Phase.STARTING or record.claim in self.orchestrator.failed:
             self.orchestrator.undo(record)
         elif record.phase == Phase.RESTARTING:
             self.agents.restart(record, self.registry.manifest(record.run_id))

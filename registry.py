@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import merge
 from merge import Json, Run
@@ -76,6 +78,8 @@ class Registry:
             port=settings.redis_port,
             socket_timeout=settings.timeout,
             socket_connect_timeout=settings.timeout,
+            # Redis may have closed a kept connection. Other tries would only multiply the timeout.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         )
 
     def claim(self, record: Record, manifest: Json, queue_exists: bool) -> None:
@@ -83,6 +87,8 @@ class Registry:
 
         def enter(pipe: "redis.client.Pipeline") -> None:
             for other in map(Record.load, pipe.hvals(self.RUNS)):
+                if other == record:
+                    return  # it has been entered, and the answer was lost
                 if other.run_id == record.run_id:
                     detail = f"a run {record.run_id} exists ({other.phase})"
                     raise Failed(409, f"{detail}; nothing was changed")
@@ -105,7 +111,8 @@ class Registry:
 
         def swap(pipe: "redis.client.Pipeline") -> None:
             nonlocal done
-            done = pipe.hget(self.RUNS, old.run_id) == old.dump()
+            stored = pipe.hget(self.RUNS, old.run_id)
+            done = stored in (old.dump(), new.dump())  # `new`: done already, the answer was lost
             pipe.multi()
             if done:
                 pipe.hset(self.RUNS, new.run_id, new.dump())
