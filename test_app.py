@@ -3,15 +3,19 @@
 Tests look at what landed: in Redis, in the queue, in the process table.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
+import random
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -63,8 +67,11 @@ def consume_message(self, job):
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port that nobody gets by chance: below those that the system hands to clients."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_for[T](what: str, look: Callable[[], T], seconds: float = 90) -> T:
@@ -198,6 +205,7 @@ class Orchestrator:
     def start(self) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("REDIS", "RABBIT"))}
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "LOG_FORMAT": "json"}
+        environment["MONITOR_INTERVAL_MS"] = "100"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, HERE / "app.py"],
@@ -205,7 +213,9 @@ class Orchestrator:
                 stderr=log,
                 stdout=log,
             )
-        wait_for("the orchestrator", lambda: answers(self.port))
+        process = self.process
+        wait_for("the orchestrator", lambda: answers(self.port) or process.poll() is not None)
+        assert process.poll() is None, self.log.read_text()
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         lines = self.log.read_text().splitlines()
@@ -282,8 +292,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Orchestrator]]:
 
     def one(**environment: str) -> Orchestrator:
         made = Orchestrator(environment, tmp_path / f"log{len(started)}")
-        made.start()
         started.append(made)
+        made.start()
         return made
 
     yield one
@@ -322,17 +332,44 @@ def ended(orchestrator: Orchestrator, run_id: str) -> bool:
 
 
 def assert_done(orchestrator: Orchestrator, run_id: str, jobs: int, exactly: bool = True) -> None:
-    """The run ends; each job ran; nothing of it is left in Redis."""
-    wait_for(f"the end of {run_id}", lambda: ended(orchestrator, run_id))
-    store = orchestrator.store()
-    done = store.hgetall(f"done:{run_id}")
+    """The run ends; each job ran, and every agent ended as it was told; nothing is left."""
+    events = orchestrator.events
+
+    def stopped() -> list[dict[str, Any]]:
+        return [event for event in events("run stopped") if event["run_id"] == run_id]
+
+    wait_for(f"the end of {run_id}", stopped)
+    done = orchestrator.store().hgetall(f"done:{run_id}")
     assert set(done) == {str(index) for index in range(jobs)}
     if exactly:
         assert set(done.values()) == {"1"}
-    assert not store.keys(f"{run_id}*")
-    stopped = [e for e in orchestrator.events("run stopped") if e["run_id"] == run_id]
-    assert len(stopped) == 1
-    assert stopped[0]["agents_failed"] == 0
+    assert [event["agents_failed"] for event in stopped()] == [0]
+    assert_nothing_left(orchestrator, run_id)
+
+
+def assert_nothing_left(orchestrator: Orchestrator, run_id: str) -> None:
+    """The process table, Redis and the broker are empty of a run."""
+    wait_for(f"{run_id} to be forgotten", lambda: ended(orchestrator, run_id))
+    processes = psutil.process_iter(["cmdline", "environ"])
+    agents = [
+        p.info["cmdline"] for p in processes if (p.info["environ"] or {}).get("RUN_ID") == run_id
+    ]
+    assert not agents
+    results = {f"{kind}:{run_id}" for kind in ("done", "begun", "by", "tried")}
+    assert set(orchestrator.store().keys(f"*{run_id}*")) <= results
+    if url := orchestrator.environment.get("RABBITMQ_URL"):
+        with Connection(url) as connection:
+            control = f"armada.{run_id}"
+            for name in (
+                run_id,
+                f"{control}.pidbox",
+                f"reply.{control}.pidbox",
+                f"{control}.events",
+            ):
+                with pytest.raises(connection.channel_errors, match="NOT_FOUND"):
+                    connection.channel().exchange_declare(name, "direct", passive=True)
+            with pytest.raises(connection.channel_errors, match="NOT_FOUND"):
+                connection.channel().queue_declare(run_id, passive=True)
 
 
 # Merging
@@ -722,6 +759,178 @@ def test_a_run_leaves_nothing_in_rabbitmq(
 
 
 # Faults
+
+
+class Proxy:
+    """Stands before a server, and fails as a server or a network does, at a chosen moment."""
+
+    def __init__(self, server: int) -> None:
+        self.server, self.port = server, free_port()
+        self.listener: socket.socket | None = None
+        self.answer, self.done = False, threading.Event()
+        self.open: set[socket.socket] = set()
+        self.flows = threading.Event()
+        self.mend()
+
+    def at(self, moment: bytes, do: Callable[[], object], answer: bool = False) -> threading.Event:
+        """Call `do` when a client sends these bytes, before they are passed on, or before their
+        answer is. Returns what is set afterwards."""
+        self.moment, self.do, self.answer, self.done = moment, do, answer, threading.Event()
+        return self.done
+
+    def mend(self) -> None:
+        """Let everything pass."""
+        self.moment = b""
+        self.asker: socket.socket | None = None
+        self.flows.set()
+        if self.listener is None:
+            self.listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self.serve, args=[self.listener], daemon=True).start()
+
+    def hush(self) -> None:
+        """Accept connections, and pass nothing on."""
+        self.flows.clear()
+
+    def reset(self) -> None:
+        """Break every connection; new ones are welcome."""
+        for end in self.open.copy():
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Break every connection, and refuse new ones."""
+        if self.listener is not None:
+            self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener = None
+        self.reset()
+
+    def serve(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError), listener:
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self.server))
+                self.open |= {client, server}
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self.pass_on, args=[*ends], daemon=True).start()
+
+    def pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        sent = b""
+        with contextlib.suppress(OSError), source:
+            while data := source.recv(65536):
+                sent = sent[-500:] + data
+                if self.moment and self.moment in sent:
+                    self.moment, self.asker = b"", source
+                if self.asker is (sink if self.answer else source):
+                    self.asker = None
+                    self.do()
+                    self.done.set()
+                self.flows.wait()
+                sink.sendall(data)
+        self.open.discard(source)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Proxied:
+    """An orchestrator with a proxy before each of its servers."""
+
+    orchestrator: Orchestrator
+    redis: Proxy
+    rabbitmq: Proxy
+
+    def at(
+        self, step: str, run_id: str, do: str | Callable[[], object], answer: bool = False
+    ) -> threading.Event:
+        """See `Proxy.at`; where `do` is a string, the proxy's own method of that name."""
+        server, moment = moments(run_id)[step]
+        proxy: Proxy = getattr(self, server)
+        return proxy.at(moment, getattr(proxy, do) if isinstance(do, str) else do, answer)
+
+    def mend(self) -> None:
+        self.redis.mend()
+        self.rabbitmq.mend()
+
+
+def moments(run_id: str) -> dict[str, tuple[str, bytes]]:
+    """What an orchestrator sends in each step of a run's life, and to which server."""
+    name = run_id.encode()
+    queue = b"\0\0" + bytes([len(name)]) + name
+    return {
+        # AMQP 0-9-1: class and method, what is reserved, names, flags
+        "look for the queue": ("rabbitmq", b"\0\x32\0\x0a" + queue + b"\x09"),
+        "claim the run": ("redis", b'"phase":"starting"'),
+        "store the configs": ("redis", b"\r\n" + name + b"0\r\n"),
+        "declare the queue": ("rabbitmq", b"\0\x32\0\x0a" + queue + b"\2"),
+        "send the jobs": ("rabbitmq", b"\0\x3c\0\x28\0\0" + queue[1:]),
+        "commit the run": ("redis", b'"phase":"running"'),
+        "drop the agents": ("redis", b'"phase":"restarting"'),
+        "start agents anew": ("redis", b'"phase":"running"'),
+        "drain the run": ("redis", b'"phase":"drained"'),
+        "delete the queue": ("rabbitmq", b"\0\x32\0\x28" + queue),
+        "forget the run": ("redis", b"HDEL\r\n$11\r\narmada:runs\r\n"),
+    }
+
+
+START = list(moments(""))[:6]
+END = list(moments(""))[6:]
+
+
+def proxied(servers: Servers, start: Callable[..., Orchestrator], **more: str) -> Proxied:
+    """Agents go to the servers without a detour."""
+    redis_proxy, rabbitmq_proxy = Proxy(servers.redis_port), Proxy(servers.amqp_port)
+    direct = {"REDIS_PORT_VAR_ENV": str(servers.redis_port), "RABBITMQ_URL": servers.url}
+    command = ["env", *(f"{key}={value}" for key, value in direct.items())]
+    environment = {
+        "REDIS_HOST": "127.0.0.1",
+        "REDIS_PORT": str(redis_proxy.port),
+        "RABBITMQ_URL": servers.url.replace(str(servers.amqp_port), str(rabbitmq_proxy.port)),
+        "AGENT_COMMAND": shlex.join([*command, sys.executable, str(HERE / "agent.py")]),
+        "TIMEOUT": "1",
+        **more,
+    }
+    return Proxied(start(**environment), redis_proxy, rabbitmq_proxy)
+
+
+@pytest.fixture(scope="session")
+def shared(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    """One that many tests in a row use."""
+
+    def start(**environment: str) -> Orchestrator:
+        made = Orchestrator(environment, tmp_path_factory.mktemp("shared") / "log")
+        made.start()
+        return made
+
+    made = proxied(servers, start)
+    yield made
+    made.mend()
+    made.orchestrator.stop()
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("how", ["cut", "reset", "hush"])
+@pytest.mark.parametrize("answer", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", START)
+def test_a_start_is_whole_or_undone_when_a_server_goes_at_any_step(
+    shared: Proxied, step: str, answer: bool, how: str
+) -> None:
+    run_id = new_run_id()
+    orchestrator, gone = shared.orchestrator, shared.at(step, run_id, how, answer)
+    try:
+        run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
+        posted = orchestrator.post(run=run)
+        assert gone.is_set()
+    finally:
+        shared.mend()
+    if posted.status_code == 200:
+        assert how == "reset"
+        assert_done(orchestrator, run_id, 2)
+        return
+    assert posted.status_code == 503
+    name = {"redis": "Redis", "rabbitmq": "RabbitMQ"}[moments(run_id)[step][0]]
+    assert posted.json()["detail"].startswith(name)
+    assert_nothing_left(orchestrator, run_id)
+    assert not orchestrator.store().exists(f"done:{run_id}", f"begun:{run_id}")
 
 
 @pytest.mark.servers
