@@ -3,12 +3,16 @@
 Tests look at what landed: in Redis, in the queue, in the process table.
 """
 
+import base64
 import contextlib
+import copy
 import csv
 import io
 import json
+import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -18,17 +22,23 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import httpx
+import kubernetes_validate  # type: ignore[import-untyped]
 import orjson
 import psutil
 import pytest
 import redis
+import yaml
 from celery import Celery
 from celery.utils.saferepr import saferepr
 from hypothesis import HealthCheck, given
@@ -39,7 +49,7 @@ from kombu import Connection
 import broker as broker_module
 import fleet
 import merge
-from merge import Invalid, Limits, Run, parse_run
+from merge import Invalid, Json, Limits, Run, parse_run
 from settings import Settings
 
 HERE = Path(__file__).parent
@@ -1155,3 +1165,1168 @@ def test_parts_may_be_files_or_plain_fields(start: Callable[..., Orchestrator]) 
         answer == orchestrator.post(dry_run=True, run={"run_id": "same"}, jobs_csv="v\nx\n").json()
     )
     assert answer["job_messages"][0]["v"] == "x"
+
+
+# Kubernetes
+
+
+class Refusal(Exception):
+    """What the API server answers instead of doing what it was asked for."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.reason = code, reason
+
+    def __call__(self, body: Json) -> None:
+        """As a hook of `FakeCluster.before`."""
+        raise self
+
+
+class Lost(Exception):
+    """The connection ends without an answer."""
+
+
+class ApiServer(ThreadingHTTPServer):
+    """Listens for a cluster; when it goes down, so do the connections that clients keep open."""
+
+    daemon_threads = True
+
+    def __init__(self, cluster: "FakeCluster") -> None:
+        self.cluster = cluster
+        self.connections: set[Any] = set()
+        super().__init__(("127.0.0.1", cluster.port), ApiCall)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class ApiCall(BaseHTTPRequestHandler):
+    """HTTP in front of `FakeCluster.answer`."""
+
+    protocol_version = "HTTP/1.1"
+    server: ApiServer
+
+    def answer(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        data = self.rfile.read(size)
+        path, _, query = self.path.partition("?")
+        try:
+            code, body = self.server.cluster.answer(
+                self.command, path, dict(parse_qsl(query)), self.headers, data
+            )
+        except Lost:
+            self.close_connection = True
+            return
+        with contextlib.suppress(ConnectionError):
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+API_PATH = re.compile(r"/(?:api|apis/(\w+))/v1/namespaces/armada/(\w+)(?:/([\w./-]+))?")
+API_GROUPS = {"jobs": "batch", "pods": None, "events": None}
+API_VERBS = {"POST": "create", "PATCH": "patch", "DELETE": "delete", "PUT": "update"}
+RUN_LABEL = "armada.services/run-id"
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+#: Of a Job's spec; Kubernetes lets a template change only before the Job has ever run.
+IMMUTABLE = ["selector", "template", "completions", "completionMode", "backoffLimitPerIndex"]
+IMMUTABLE += ["podFailurePolicy", "podReplacementPolicy"]
+
+
+class FakeCluster:
+    """What the orchestrator meets of a cluster: an API server on loopback with one namespace.
+
+    It plays the Job controller and the kubelet as well: each pod of a Job that is not suspended is
+    a real agent, a process with the environment that the manifest gives it. Left out are the
+    controllers' delays. Written by hand, since the mock servers on PyPI judge nothing: kmock 0.8
+    knows no selector, page, uid or precondition, and keeps an object that it was told to refuse.
+    """
+
+    def __init__(self, folder: Path, role: set[str], secrets: dict[str, dict[str, str]]) -> None:
+        self.port = free_port()
+        self.role, self.secrets = role, secrets
+        self.kubeconfig = folder / "kubeconfig"
+        self.kubeconfig.write_text(KUBECONFIG.format(port=self.port))
+        self.agent_command = [sys.executable, str(HERE / "agent.py")]
+        self.jobs: dict[str, Json] = {}
+        self.pods: dict[str, Json] = {}  #: finished ones stay until their Job goes
+        self.events: list[Json] = []
+        self.calls: list[str] = []  #: "create jobs", "list pods", ... as they came
+        #: call -> what to do with its body before it takes effect, and with its answer after
+        self.before: dict[str, Callable[[Json], object]] = {}
+        self.after: dict[str, Callable[[Json], object]] = {}
+        #: index -> "crash", "Unschedulable", or the reason that its container waits for
+        self.trouble: dict[int, str] = {}
+        self.awake = threading.Event()  #: when not set, calls get no answer
+        self.awake.set()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.lock = threading.RLock()
+        self.ended = threading.Event()
+        self.server: ApiServer | None = None
+        self.up()
+        self.controller = threading.Thread(target=self.control)
+        self.controller.start()
+
+    # The API server
+
+    def up(self) -> None:
+        self.server = ApiServer(self)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def down(self) -> None:
+        server, self.server = self.server, None
+        if server is not None:
+            server.stop()
+
+    def die(self, body: Json) -> None:
+        """As a hook of `before` (the call is lost) or `after` (its answer is)."""
+        self.down()
+        raise Lost
+
+    def answer(
+        self, method: str, path: str, query: dict[str, str], headers: Any, data: bytes
+    ) -> tuple[int, bytes]:
+        """Status and body. Raises `Lost`."""
+        if not self.awake.is_set():
+            self.awake.wait()
+            raise Lost
+        with self.lock:
+            try:
+                if headers["Authorization"] != "Bearer kubeconfig-token":
+                    raise Refusal(401, "Unauthorized", "Unauthorized")
+                found = API_PATH.fullmatch(path)
+                if not found or API_GROUPS.get(found[2], "") != found[1]:
+                    raise Refusal(404, "NotFound", "the server could not find the requested path")
+                _, resource, name = found.groups()
+                verb = API_VERBS.get(method) or ("get" if name else "list")
+                call = f"{verb} {resource}"
+                self.calls.append(call)
+                if call not in self.role:
+                    raise Refusal(403, "Forbidden", f"{resource} is forbidden: cannot {verb}")
+                body = json.loads(data or "{}")
+                self.before.get(call, dict)(body)
+                if verb == "patch" and headers["Content-Type"] != "application/merge-patch+json":
+                    raise Refusal(415, "UnsupportedMediaType", "this server merges JSON only")
+                act = getattr(self, f"{verb}_{resource.removesuffix('s')}")
+                result = act(name, query, body)
+                self.after.get(call, dict)(result)
+                return (201 if verb == "create" else 200), json.dumps(result).encode()
+            except Refusal as refusal:
+                status: Json = {"kind": "Status", "apiVersion": "v1", "metadata": {}}
+                status |= {"status": "Failure", "message": str(refusal)}
+                status |= {"reason": refusal.reason, "code": refusal.code}
+                return refusal.code, json.dumps(status).encode()
+
+    def create_job(self, _: None, query: dict[str, str], job: Json) -> Json:
+        validate_strictly(job, query)
+        name = job["metadata"]["name"]
+        if name in self.jobs:
+            raise Refusal(409, "AlreadyExists", f'jobs.batch "{name}" already exists')
+        metadata = job["metadata"]
+        metadata |= {"uid": str(uuid.uuid4()), "namespace": "armada", "creationTimestamp": now()}
+        self.jobs[name] = job | {"status": {}}
+        return self.jobs[name]
+
+    def patch_job(self, name: str, query: dict[str, str], patch: Json) -> Json:
+        job = self.find_job(name, patch.get("metadata", {}).pop("uid", None))
+        patched: Json = merge_patch(job, patch)
+        validate_strictly(patched, query)
+        for key in IMMUTABLE:
+            if patched["spec"].get(key) != job["spec"].get(key):
+                raise Refusal(422, "Invalid", f'Job "{name}" is invalid: spec.{key} is immutable')
+        self.jobs[name] = patched
+        return patched
+
+    def delete_job(self, name: str, query: dict[str, str], options: Json) -> Json:
+        job = self.find_job(name, options.get("preconditions", {}).get("uid"))
+        del self.jobs[name]
+        # Without a policy batch/v1 leaves the pods alone, with their agents.
+        if (options.get("propagationPolicy") or query.get("propagationPolicy")) == "Background":
+            for pod in self.pods_of(job):
+                self.terminate(pod)
+        return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+
+    def find_job(self, name: str, uid: str | None) -> Json:
+        if name not in self.jobs:
+            raise Refusal(404, "NotFound", f'jobs.batch "{name}" not found')
+        if uid not in (None, self.jobs[name]["metadata"]["uid"]):
+            raise Refusal(409, "Conflict", f"the UID in the precondition ({uid}) does not match")
+        return self.jobs[name]
+
+    def list_job(self, _: None, query: dict[str, str], body: Json) -> Json:
+        # A server may send fewer than it was asked for: here never more than two.
+        query["limit"] = str(min(2, int(query.get("limit") or 2)))
+        return page("Job", self.jobs.values(), query)
+
+    def list_pod(self, _: None, query: dict[str, str], body: Json) -> Json:
+        return page("Pod", self.pods.values(), query)
+
+    def create_event(self, _: None, query: dict[str, str], body: Json) -> Json:
+        event: Json = {"apiVersion": "v1", "kind": "Event", **body}
+        validate_strictly(event, {"fieldValidation": "Strict"})
+        name = event["metadata"].get("name") or event["metadata"].get("generateName")
+        if not name or event["involvedObject"].get("namespace") != "armada":
+            raise Refusal(422, "Invalid", "an Event needs a name, and its object's namespace")
+        self.events.append(event)
+        return event
+
+    # The Job controller and the kubelet
+
+    def control(self) -> None:
+        while not self.ended.wait(0.05):
+            with self.lock:
+                for pod in list(self.pods.values()):
+                    self.run_pod(pod)
+                for job in list(self.jobs.values()):
+                    self.run_job(job)
+
+    def pods_of(self, job: Json) -> list[Json]:
+        uid = job["metadata"]["uid"]
+        return [p for p in self.pods.values() if p["metadata"]["ownerReferences"][0]["uid"] == uid]
+
+    def run_job(self, job: Json) -> None:
+        spec, status, pods = job["spec"], job["status"], self.pods_of(job)
+        if "Complete" in conditions(job) or "Failed" in conditions(job):
+            ttl = spec.get("ttlSecondsAfterFinished")
+            if ttl is not None and age(status["conditions"][-1]["lastTransitionTime"]) > ttl:
+                options = {"propagationPolicy": "Background"}
+                self.delete_job(job["metadata"]["name"], {}, options)
+            return
+        if spec.get("suspend"):
+            return
+        status.setdefault("startTime", now())
+        done = {index_of(pod) for pod in pods if pod["status"]["phase"] == "Succeeded"}
+        crashed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
+        counted = Counter(index_of(p) for p in crashed if "DisruptionTarget" not in conditions(p))
+        given_up = {i for i, times in counted.items() if times > spec["backoffLimitPerIndex"]}
+        live = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+        overdue = age(status["startTime"]) > spec.get("activeDeadlineSeconds", math.inf)
+        open_indexes = set(range(spec["completions"])) - done - given_up
+        if open_indexes and overdue:
+            fault = "DeadlineExceeded", "Job was active longer than specified deadline"
+            status["conditions"] = [condition("FailureTarget", *fault)]
+            for pod in live:
+                self.terminate(pod)
+            if not live:
+                status["conditions"].append(condition("Failed", *fault))
+        elif open_indexes:
+            for index in sorted(open_indexes - {index_of(pod) for pod in live}):
+                live.append(self.make_pod(job, index))
+        elif given_up:
+            fault = "FailedIndexes", "Job has failed indexes"
+            status["conditions"] = [condition(c, *fault) for c in ("FailureTarget", "Failed")]
+        else:
+            reached = "CompletionsReached", "Reached expected number of succeeded pods"
+            status["conditions"] = [condition("SuccessCriteriaMet", *reached)]
+            status["conditions"].append(condition("Complete", *reached))
+            status["completionTime"] = now()
+        counts = {"active": len(live), "succeeded": len(done), "failed": len(crashed)}
+        for name, count in counts.items():
+            status.pop(name, None)
+            status |= {name: count} if count else {}  # zero is left out, as by the API server
+        status["ready"] = sum(pod["status"]["phase"] == "Running" for pod in live)
+        status["terminating"] = sum("deletionTimestamp" in pod["metadata"] for pod in live)
+        status["completedIndexes"], status["failedIndexes"] = ranges(done), ranges(given_up)
+
+    def make_pod(self, job: Json, index: int) -> Json:
+        template, owner = copy.deepcopy(job["spec"]["template"]), job["metadata"]
+        name = f"{owner['name']}-{index}-{uuid.uuid4().hex[:5]}"
+        metadata = {"labels": {}, "annotations": {}} | template["metadata"]
+        metadata |= {"name": name, "namespace": "armada", "creationTimestamp": now()}
+        reference = {"apiVersion": "batch/v1", "kind": "Job", "name": owner["name"]}
+        metadata["ownerReferences"] = [reference | {"uid": owner["uid"], "controller": True}]
+        metadata["annotations"][COMPLETION_INDEX] = str(index)
+        metadata["labels"] |= {COMPLETION_INDEX: str(index), "job-name": owner["name"]}
+        metadata["labels"] |= {"batch.kubernetes.io/job-name": owner["name"]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        self.pods[name] = pod | {"status": {"phase": "Pending"}}
+        return self.pods[name]
+
+    def run_pod(self, pod: Json) -> None:
+        name, status = pod["metadata"]["name"], pod["status"]
+        deleted = "deletionTimestamp" in pod["metadata"]
+        if status["phase"] == "Pending":
+            if deleted:
+                finish(pod, 137)
+            else:
+                self.start_pod(pod)
+        elif status["phase"] == "Running":
+            code = self.processes[name].poll()
+            if code is not None:
+                finish(pod, code if code >= 0 else 128 - code)
+            elif deleted and age(pod["metadata"]["deletionTimestamp"]) > 30:
+                self.processes[name].kill()
+        elif pod["metadata"]["ownerReferences"][0]["uid"] not in {
+            job["metadata"]["uid"] for job in self.jobs.values()
+        }:
+            del self.pods[name]
+
+    def start_pod(self, pod: Json) -> None:
+        trouble = self.trouble.get(index_of(pod), "")
+        environment = self.agent_environment(pod)
+        if environment is None:
+            trouble = trouble or "CreateContainerConfigError"
+        if trouble == "Unschedulable":
+            text = "0/1 nodes are available: 1 Insufficient cpu."
+            pod["status"]["conditions"] = [condition("PodScheduled", trouble, text, "False")]
+        elif trouble not in ("", "crash"):
+            waiting = {"reason": trouble, "message": f"the kubelet says {trouble}"}
+            set_container(pod, {"waiting": waiting})
+        else:
+            command = [sys.executable, "-c", "exit(1)"] if trouble else self.agent_command
+            self.processes[pod["metadata"]["name"]] = subprocess.Popen(
+                command, env=environment, start_new_session=True
+            )
+            pod["status"]["phase"] = "Running"
+            set_container(pod, {"running": {"startedAt": now()}})
+
+    def agent_environment(self, pod: Json) -> dict[str, str] | None:
+        """Beside PATH and HOME, what the manifest says; None where a Secret is missing."""
+        [agent] = [c for c in pod["spec"]["containers"] if c["name"] == "agent"]
+        environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
+        for variable in agent["env"]:
+            match variable.get("valueFrom", {}):
+                case {"fieldRef": {"fieldPath": path}}:
+                    key = path.removeprefix("metadata.annotations['").removesuffix("']")
+                    environment[variable["name"]] = pod["metadata"]["annotations"][key]
+                case {"secretKeyRef": {"name": secret, "key": key} as reference}:
+                    if key in self.secrets.get(secret, {}):
+                        environment[variable["name"]] = self.secrets[secret][key]
+                    elif not reference.get("optional"):
+                        return None
+                case _:
+                    environment[variable["name"]] = variable.get("value", "")
+        return environment
+
+    def terminate(self, pod: Json) -> None:
+        """Delete a pod: SIGTERM, and 30 s to go."""
+        if "deletionTimestamp" not in pod["metadata"]:
+            pod["metadata"]["deletionTimestamp"] = now()
+            if pod["status"]["phase"] == "Running":
+                self.processes[pod["metadata"]["name"]].terminate()
+
+    # The operator
+
+    def evict(self, run_id: str, *indexes: int) -> None:
+        """What a node that is drained does to its pods."""
+        with self.lock:
+            job = self.job(run_id)
+            assert job is not None
+            for pod in self.pods_of(job):
+                if index_of(pod) in indexes and pod["status"]["phase"] == "Running":
+                    evicted = condition("DisruptionTarget", "EvictionByEvictionAPI", "evicted")
+                    pod["status"].setdefault("conditions", []).append(evicted)
+                    self.terminate(pod)
+
+    def job(self, run_id: str) -> Json | None:
+        """A run's Job as it is now."""
+        with self.lock:
+            found = [j for j in self.jobs.values() if j["metadata"]["labels"][RUN_LABEL] == run_id]
+            return copy.deepcopy(found[0]) if found else None
+
+    def delete(self, run_id: str) -> None:
+        """`kubectl delete job -l armada.services/run-id=...`."""
+        with self.lock:
+            job = self.job(run_id)
+            assert job is not None
+            options = {"propagationPolicy": "Background"}
+            self.delete_job(job["metadata"]["name"], {}, options)
+
+    def annotation(self, run_id: str, name: str) -> Any:
+        job = self.job(run_id)
+        return job["metadata"]["annotations"].get(f"armada.services/{name}") if job else None
+
+    def told(self, run_id: str) -> list[str]:
+        """The reasons of the Events on a run's Jobs, in their order."""
+        return [e["reason"] for e in self.events if e["involvedObject"]["name"].endswith(run_id)]
+
+    def live(self) -> list[int]:
+        """The pids of all agents."""
+        return [process.pid for process in self.processes.values() if process.poll() is None]
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.controller.join()
+        self.awake.set()
+        self.down()
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+current-context: test
+contexts: [{{name: test, context: {{cluster: test, user: test, namespace: armada}}}}]
+clusters: [{{name: test, cluster: {{server: "http://127.0.0.1:{port}"}}}}]
+users: [{{name: test, user: {{token: kubeconfig-token}}}}]
+"""
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def age(moment: str) -> float:
+    """Seconds since then."""
+    return time.time() - datetime.fromisoformat(moment).timestamp()
+
+
+def index_of(pod: Json) -> int:
+    return int(pod["metadata"]["annotations"][COMPLETION_INDEX])
+
+
+def condition(kind: str, reason: str, message: str, status: str = "True") -> Json:
+    found = {"type": kind, "status": status, "reason": reason, "message": message}
+    return found | {"lastTransitionTime": now()}
+
+
+def conditions(thing: Json) -> set[str]:
+    """The types of its conditions that are true."""
+    found = thing["status"].get("conditions", [])
+    return {one["type"] for one in found if one["status"] == "True"}
+
+
+def set_container(pod: Json, state: Json) -> None:
+    found = {"name": "agent", "state": state, "ready": "running" in state, "restartCount": 0}
+    pod["status"]["containerStatuses"] = [found | {"image": "agent", "imageID": ""}]
+
+
+def finish(pod: Json, code: int) -> None:
+    pod["status"]["phase"] = "Failed" if code else "Succeeded"
+    reason = "Error" if code else "Completed"
+    set_container(pod, {"terminated": {"exitCode": code, "reason": reason, "finishedAt": now()}})
+
+
+def ranges(indexes: set[int]) -> str:
+    """As in `completedIndexes`: 0-2,5."""
+    starts = [i for i in sorted(indexes) if i - 1 not in indexes]
+    ends = [i for i in sorted(indexes) if i + 1 not in indexes]
+    pairs = zip(starts, ends, strict=True)
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def validate_strictly(thing: Json, query: dict[str, str]) -> None:
+    """Refuse what the schemas of Kubernetes do not know."""
+    if query.get("fieldValidation") != "Strict":
+        return
+    try:
+        kubernetes_validate.validate(thing, "1.36", strict=True)
+    except kubernetes_validate.ValidationError as error:
+        raise Refusal(400, "BadRequest", f"strict decoding error: {error.message}") from None
+
+
+def page(kind: str, items: Iterable[Json], query: dict[str, str]) -> Json:
+    """One page of those that the selectors choose."""
+    chosen = [item for item in items if selected(item, query)]
+    start, limit = int(query.get("continue", 0)), int(query.get("limit") or len(chosen) or 1)
+    metadata = {"resourceVersion": "1"}
+    if start + limit < len(chosen):
+        metadata["continue"] = str(start + limit)
+    version = "batch/v1" if kind == "Job" else "v1"
+    shown = chosen[start : start + limit]
+    return {"kind": f"{kind}List", "apiVersion": version, "metadata": metadata, "items": shown}
+
+
+def selected(item: Json, query: dict[str, str]) -> bool:
+    """Whether label and field selectors choose it: `=` and `in` are known."""
+    labels = item["metadata"].get("labels", {})
+    for term in re.findall(r"[^,(]+(?:\([^)]*\))?", query.get("labelSelector", "")):
+        found = re.fullmatch(r"([\w./-]+)(?:=([\w.-]+)| in \(([^)]*)\))?", term.strip())
+        if found is None:
+            raise Refusal(400, "BadRequest", f"unable to parse requirement: {term}")
+        key, value, several = found.groups()
+        allowed = [value] if value else (several or labels.get(key, "")).split(",")
+        if key not in labels or labels[key] not in allowed:
+            return False
+    for term in filter(None, query.get("fieldSelector", "").split(",")):
+        key, _, value = term.partition("=")
+        if key not in ("status.phase", "metadata.name") or item["kind"] != "Pod":
+            raise Refusal(400, "BadRequest", f"field label not supported: {key}")
+        part, _, name = key.partition(".")
+        if item[part][name] != value:
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def role() -> set[str]:
+    """The calls that the chart's Role allows, such as "create jobs"."""
+    command = [sys.executable, str(HERE / "chart" / "render.py")]
+    text = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    [rules] = [m["rules"] for m in yaml.safe_load_all(text) if m["kind"] == "Role"]
+    return {
+        f"{verb} {one}" for rule in rules for one in rule["resources"] for verb in rule["verbs"]
+    }
+
+
+@pytest.fixture
+def cluster(servers: Servers, role: set[str], tmp_path: Path) -> Iterator[FakeCluster]:
+    redis.Redis(port=servers.redis_port).flushdb()  # an earlier test's runs are not this one's
+    made = FakeCluster(tmp_path, role, {"armada-rabbitmq": {"url": servers.url}})
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def distant(
+    servers: Servers, cluster: FakeCluster, start: Callable[..., Orchestrator]
+) -> Callable[..., Orchestrator]:
+    """Start orchestrators that have their agents in the cluster."""
+
+    def one(**more: str) -> Orchestrator:
+        settings = {"PLATFORM": "distant", "KUBECONFIG": str(cluster.kubeconfig), "TIMEOUT": "3"}
+        settings |= {"MONITOR_INTERVAL_MS": "200", "KUBERNETES_INTERVAL_MS": "300"}
+        return start(**real(servers, **settings | more))
+
+    return one
+
+
+def ready(servers: Servers, run_id: str) -> int | None:
+    """How many jobs of a run no agent has; None where there is no queue."""
+    with Connection(servers.url) as connection:
+        try:
+            return int(connection.default_channel.queue_declare(run_id, passive=True).message_count)
+        except connection.channel_errors:
+            return None
+
+
+def left_of(servers: Servers, run_id: str) -> set[str]:
+    """What there is of a run in Redis and RabbitMQ, beside what its own script has put there."""
+    store = redis.Redis(port=servers.redis_port, decode_responses=True)
+    left = {str(key) for key in store.keys(f"{run_id}*")}
+    if store.hexists("armada:runs", run_id):
+        left.add("its record")
+    if ready(servers, run_id) is not None:
+        left.add("its queue")
+    control = f"armada.{run_id}"
+    for name in (run_id, f"{control}.pidbox", f"reply.{control}.pidbox", f"{control}.events"):
+        with Connection(servers.url) as connection, contextlib.suppress(connection.channel_errors):
+            connection.default_channel.exchange_declare(name, "direct", passive=True)
+            left.add(f"the exchange {name}")
+    return left
+
+
+def wait_for_phase(cluster: FakeCluster, run_id: str, phase: str) -> None:
+    wait_for(f"{run_id} {phase}", lambda: cluster.annotation(run_id, "phase") == phase)
+
+
+def wait_until_undone(servers: Servers, cluster: FakeCluster, run_id: str) -> None:
+    wait_for("the undoing", lambda: not left_of(servers, run_id) and not cluster.job(run_id))
+    wait_for("the end of its agents", lambda: not cluster.live())
+
+
+#: An agent that does nothing, where a test is about something else.
+IDLE = ["sleep", "1000"]
+
+
+def begun(orchestrator: Orchestrator, run_id: str, agents: int = 1) -> None:
+    """Wait until so many agents have begun a job."""
+    store = orchestrator.store()
+    wait_for("jobs to begin", lambda: len(set(store.hvals(f"begun:{run_id}"))) >= agents)
+
+
+# The manifest
+
+
+SETTINGS = {"RABBITMQ_URL": "amqp://user:hidden@h", "PLATFORM": "distant"}
+POD_TEMPLATE: Json = {
+    "metadata": {"annotations": {"example.org/team": "red"}, "labels": {"team": "red"}},
+    "spec": {
+        "serviceAccountName": "agents",
+        "securityContext": {"runAsUser": 1000},
+        "tolerations": [{"operator": "Exists"}],
+        "topologySpreadConstraints": [],
+        "containers": [
+            {"name": "proxy", "image": "proxy:1"},
+            {
+                "name": "agent",
+                "resources": {"limits": {"memory": "1Gi"}},
+                "securityContext": {"capabilities": {"drop": ["NET_RAW"]}},
+                "env": [
+                    {"name": "BACKEND_URL", "value": "http://other"},
+                    {"name": "HOME", "value": "/tmp"},
+                ],
+            },
+        ],
+    },
+}
+
+
+def job_of(environment: dict[str, str], template: Json, **parts: Any) -> Json:
+    settings = replace(Settings.read(SETTINGS | environment), pod_template=template)
+    return fleet.manifest(parsed(**{"run": {"run_id": "r"}} | parts), "claim", settings)
+
+
+@pytest.mark.parametrize("template", [{}, POD_TEMPLATE], ids=["plain", "pod template"])
+@pytest.mark.parametrize("distrib", ["kube", "minikube"])
+@pytest.mark.parametrize("version", ["1.30", "1.36"])
+def test_the_manifest_is_valid_to_the_letter(template: Json, distrib: str, version: str) -> None:
+    environment = {"DISTRIB": distrib, "IMAGE_PULL_SECRETS": "a, b", "BACKEND_URL": "http://b"}
+    job = job_of(environment, template, requirements_txt=b"six")
+    kubernetes_validate.validate(job, version, strict=True)
+    pod = job["spec"]["template"]["spec"]
+    secrets = [{"name": "a"}, {"name": "b"}] if distrib == "kube" else None
+    assert pod.get("imagePullSecrets") == secrets
+    policy = {"kube": "Always", "minikube": "Never"}[distrib]
+    [agent] = [one for one in pod["containers"] if one["name"] == "agent"]
+    assert agent["imagePullPolicy"] == policy
+
+
+def test_the_pod_template_is_merged_by_key_and_by_name_and_other_lists_replace() -> None:
+    plain = job_of({"BACKEND_URL": "http://b"}, {})["spec"]["template"]
+    before = json.dumps(POD_TEMPLATE)
+    job = job_of({"BACKEND_URL": "http://b"}, POD_TEMPLATE)
+    assert json.dumps(POD_TEMPLATE) == before
+    merged = job["spec"]["template"]
+    assert merged["metadata"]["labels"] == {**plain["metadata"]["labels"], "team": "red"}
+    spec, plain_spec = merged["spec"], plain["spec"]
+    assert spec["securityContext"] == {**plain_spec["securityContext"], "runAsUser": 1000}
+    assert (spec["topologySpreadConstraints"], spec["restartPolicy"]) == ([], "Never")
+    assert spec["automountServiceAccountToken"] is False
+    containers = {one["name"]: one for one in spec["containers"]}
+    assert containers.keys() == {"agent", "proxy"}
+    agent, [plain_agent] = containers["agent"], plain_spec["containers"]
+    assert agent["image"] == plain_agent["image"]
+    assert agent["resources"] == {**plain_agent["resources"], "limits": {"memory": "1Gi"}}
+    assert agent["securityContext"]["capabilities"] == {"drop": ["NET_RAW"]}
+    assert agent["securityContext"]["allowPrivilegeEscalation"] is False
+    variables = {one["name"]: one for one in agent["env"]}
+    assert len(variables) == len(agent["env"]) == len(plain_agent["env"]) + 1
+    assert variables["BACKEND_URL"]["value"] == "http://other"
+    assert variables["HOME"]["value"] == "/tmp"
+    assert "secretKeyRef" in variables["RABBITMQ_URL"]["valueFrom"]
+
+
+def test_a_pod_template_may_take_a_variable_from_a_secret_instead() -> None:
+    source = {"secretKeyRef": {"name": "backend", "key": "url"}}
+    variable = {"name": "BACKEND_URL", "valueFrom": source}
+    template = {"spec": {"containers": [{"name": "agent", "env": [variable]}]}}
+    job = job_of({"BACKEND_URL": "http://b"}, template)
+    [agent] = job["spec"]["template"]["spec"]["containers"]
+    assert [one for one in agent["env"] if one["name"] == "BACKEND_URL"] == [variable]
+    kubernetes_validate.validate(job, "1.36", strict=True)
+
+
+# A distant run
+
+
+def finished_job(run_id: str) -> Json:
+    """What is kept of a run that is over."""
+    job = job_of({}, {}, run={"run_id": run_id})
+    job["metadata"]["annotations"]["armada.services/phase"] = "stopped"
+    job["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": "armada", "creationTimestamp": now()}
+    complete = condition("Complete", "CompletionsReached", "Reached expected number of succeeded")
+    return job | {"status": {"conditions": [complete], "succeeded": 2, "completedIndexes": "0,1"}}
+
+
+@pytest.mark.servers
+def test_a_distant_run_does_every_job_once_and_its_kubernetes_job_completes(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    others = {f"agent-old{number}": finished_job(f"old{number}") for number in range(3)}
+    cluster.jobs |= copy.deepcopy(others)
+    orchestrator = distant()
+    run_id = new_run_id()
+    run = {"run_id": run_id, "number_of_agents": 3, "number_of_jobs": 9}
+    assert orchestrator.post(run=run).status_code == 200
+    assert_done(orchestrator, run_id, 9)
+    assert not left_of(servers, run_id)
+    wait_for_phase(cluster, run_id, "stopped")
+    job = cluster.job(run_id)
+    assert job is not None
+    assert job["metadata"]["name"] == f"agent-{run_id}"
+    assert "Complete" in conditions(job)
+    assert cluster.annotation(run_id, "jobs") == "9"
+    assert cluster.annotation(run_id, "jobs-left") == "0"
+    assert cluster.told(run_id) == ["Started", "Drained", "Stopped"]
+    assert {e["involvedObject"]["uid"] for e in cluster.events} == {job["metadata"]["uid"]}
+    assert "guest" not in json.dumps([job, cluster.events])
+    assert others.items() <= cluster.jobs.items()
+    # Its Kubernetes Job stays for inspection, and keeps its name.
+    again = orchestrator.post(run=run)
+    assert again.status_code == 409, again.text
+    assert not left_of(servers, run_id)
+    assert cluster.job(run_id) == job
+
+
+@pytest.mark.servers
+def test_no_agent_is_started_before_the_last_job_is_sent(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    cluster.agent_command = IDLE
+    run_id = new_run_id()
+    seen = []
+
+    def look(patch: Json) -> None:
+        if patch.get("spec", {}).get("suspend") is False:
+            record = json.loads(str(orchestrator.store().hget("armada:runs", run_id)))
+            configs = len(orchestrator.store().keys(f"{run_id}*"))
+            seen.append((ready(servers, run_id), configs, record["phase"], len(cluster.pods)))
+
+    cluster.before["patch jobs"] = look
+    run = {"run_id": run_id, "number_of_jobs": 500}
+    assert orchestrator.post(run=run).status_code == 200
+    assert seen == [(500, 2, "running", 0)]
+    wait_for("both agents", lambda: len(cluster.live()) == 2)
+
+
+@pytest.mark.servers
+def test_agents_find_exactly_the_environment_of_the_contract(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, tmp_path: Path
+) -> None:
+    reference = {"name": "armada-sql-server-secret", "key": "name", "optional": True}
+    variables = [
+        {"name": f"SQL_SERVER_{name}", "valueFrom": {"secretKeyRef": reference | {"key": name}}}
+        for name in ("NAME", "DB")
+    ]
+    template = {"spec": {"containers": [{"name": "agent", "env": variables}]}}
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
+    cluster.secrets["armada-sql-server-secret"] = {"NAME": "sql"}
+    cluster.secrets["other"] = {"amqp": servers.url}
+    cluster.agent_command = IDLE
+    orchestrator = distant(
+        AGENT_POD_TEMPLATE=str(tmp_path / "template.yaml"),
+        AGENT_RABBITMQ_SECRET="other/amqp",
+        BACKEND_URL="http://backend",
+        PROXY_PROVIDER_URL="http://proxies",
+        FINGERPRINT_PROVIDER_URL="http://fingerprints",
+    )
+    run_id = new_run_id()
+    answer = orchestrator.post(run={"run_id": run_id}, requirements_txt=b"six\n")
+    assert answer.status_code == 200, answer.text
+    wait_for("both agents", lambda: len(cluster.live()) == 2)
+    found = [psutil.Process(pid).environ() for pid in cluster.live()]
+    expected = {
+        "RUN_ID": run_id,
+        "REDIS_HOST_VAR_ENV": "127.0.0.1",
+        "REDIS_PORT_VAR_ENV": str(servers.redis_port),
+        "RABBITMQ_URL": servers.url,
+        "BACKEND_URL": "http://backend",
+        "PROXY_PROVIDER_URL": "http://proxies",
+        "FINGERPRINT_PROVIDER_URL": "http://fingerprints",
+        "REQUIREMENTS_TXT": base64.b64encode(b"six\n").decode(),
+        "SQL_SERVER_NAME": "sql",
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ["HOME"],
+    }
+    assert sorted(one.pop("POD_INDEX") for one in found) == ["0", "1"]
+    assert found == [expected, expected]
+    assert servers.url not in json.dumps(cluster.job(run_id))
+
+
+@pytest.mark.servers
+def test_two_orchestrators_share_their_runs(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    both = [distant(), distant()]
+    ids = [new_run_id() for _ in both]
+    for orchestrator, run_id in zip(both, ids, strict=True):
+        assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+    for orchestrator, run_id in zip(both, ids, strict=True):
+        wait_for_phase(cluster, run_id, "stopped")
+        assert_done(orchestrator, run_id, 6)
+        assert not left_of(servers, run_id)
+        assert cluster.told(run_id) == ["Started", "Drained", "Stopped"]
+    assert len(both[0].events("run stopped")) == len(both[1].events("run stopped")) == 1
+
+
+# Refusals of the API server, each at one call
+
+
+REFUSALS: dict[str, tuple[str, Refusal, int]] = {
+    "forbidden": ("create jobs", Refusal(403, "Forbidden", "jobs.batch is forbidden: User x"), 502),
+    "quota": ("create jobs", Refusal(403, "Forbidden", "exceeded quota: q, requested 1"), 502),
+    "invalid": ("create jobs", Refusal(422, "Invalid", "spec.template: Invalid value"), 502),
+    "taken": ("create jobs", Refusal(409, "AlreadyExists", "jobs.batch agent-r already"), 409),
+    "broken": ("create jobs", Refusal(500, "InternalError", "failed calling webhook"), 502),
+    "unavailable": ("create jobs", Refusal(503, "ServiceUnavailable", "starting up"), 502),
+    "no right to resume": ("patch jobs", Refusal(403, "Forbidden", "cannot patch resource"), 502),
+    "broken at resume": ("patch jobs", Refusal(500, "InternalError", "etcdserver: time out"), 502),
+}
+
+
+@pytest.mark.servers
+def test_what_the_api_server_refuses_is_answered_in_its_words_and_undone(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    cluster.agent_command = IDLE
+    run_id = new_run_id()
+    for name, (call, refusal, status) in REFUSALS.items():
+        cluster.before = {call: refusal}
+        answer = orchestrator.post(run={"run_id": run_id})
+        assert answer.status_code == status, (name, answer.text)
+        detail = answer.json()["detail"]
+        for words in ("Kubernetes", str(refusal.code), refusal.reason, str(refusal)):
+            assert words in detail, (name, detail)
+        assert not left_of(servers, run_id), name
+        assert not cluster.jobs, name
+    assert not cluster.processes
+    cluster.before = {}
+    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+
+
+@pytest.mark.servers
+def test_a_pod_template_with_an_unknown_field_is_refused_by_name(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, tmp_path: Path
+) -> None:
+    (tmp_path / "template.json").write_text('{"spec": {"nodeSelektor": {"a": "b"}}}')
+    orchestrator = distant(AGENT_POD_TEMPLATE=str(tmp_path / "template.json"))
+    run_id = new_run_id()
+    answer = orchestrator.post(run={"run_id": run_id})
+    assert answer.status_code == 502, answer.text
+    assert "nodeSelektor" in answer.json()["detail"]
+    assert not left_of(servers, run_id)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("call", ["create jobs", "patch jobs", "create events"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_start_is_undone_once_an_api_server_that_died_in_it_is_back(
+    distant: Callable[..., Orchestrator],
+    cluster: FakeCluster,
+    servers: Servers,
+    call: str,
+    when: str,
+) -> None:
+    orchestrator = distant()
+    run_id = new_run_id()
+    hooks = {"before": cluster.before, "after": cluster.after}[when]
+    hooks[call] = cluster.die
+    answer = orchestrator.post(run={"run_id": run_id}, job={"seconds": 1})
+    assert answer.status_code == 503, answer.text
+    assert "Kubernetes" in answer.json()["detail"]
+    assert bool(cluster.job(run_id)) == ((call, when) != ("create jobs", "before"))
+    hooks.clear()
+    cluster.up()
+    wait_until_undone(servers, cluster, run_id)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("how", ["down", "silent"])
+def test_without_an_api_server_a_post_is_refused_and_readiness_says_so(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, how: str
+) -> None:
+    orchestrator = distant(TIMEOUT="1")
+    run_id = new_run_id()
+    if how == "down":
+        cluster.down()
+    else:
+        cluster.awake.clear()
+    answer = orchestrator.post(run={"run_id": run_id})
+    assert answer.status_code == 503, answer.text
+    assert "Kubernetes" in answer.json()["detail"]
+    ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
+    assert (ready.status_code, ready.json()["failing"]) == (503, ["kubernetes"])
+    assert httpx.get(f"{orchestrator.url}/health", timeout=60).status_code == 200
+    if how == "down":
+        cluster.up()
+    else:
+        cluster.awake.set()
+    wait_until_undone(servers, cluster, run_id)
+    assert httpx.get(f"{orchestrator.url}/health?ready", timeout=60).status_code == 200
+
+
+# Faults in the course of a distant run
+
+
+@pytest.mark.servers
+def test_deleting_the_kubernetes_job_cancels_the_run(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    run_id = new_run_id()
+    run = {"run_id": run_id, "number_of_jobs": 40}
+    assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
+    begun(orchestrator, run_id)
+    exchanges = {f"the exchange {name}" for name in (run_id, f"armada.{run_id}.pidbox")}
+    kept = {f"{run_id}0", f"{run_id}1", "its record", "its queue"}
+    assert left_of(servers, run_id) >= kept | exchanges
+    cluster.delete(run_id)
+    wait_for("the end", lambda: orchestrator.events("run cancelled"))
+    wait_until_undone(servers, cluster, run_id)
+    assert not orchestrator.events("run failed") + orchestrator.events("agents started anew")
+    assert cluster.calls.count("create jobs") == 1
+
+
+@pytest.mark.servers
+def test_agents_that_were_all_evicted_are_created_anew_for_the_jobs_left(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    run_id = new_run_id()
+    assert orchestrator.post(run={"run_id": run_id}, job={"seconds": 1}).status_code == 200
+    begun(orchestrator, run_id, agents=2)
+    first = cluster.job(run_id)
+    cluster.evict(run_id, 0, 1)
+    assert_done(orchestrator, run_id, 6, exactly=False)
+    wait_for_phase(cluster, run_id, "stopped")
+    second = cluster.job(run_id)
+    assert first is not None and second is not None
+    assert first["metadata"]["uid"] != second["metadata"]["uid"]
+    assert cluster.told(run_id) == ["Started", "Recreated", "Drained", "Stopped"]
+    assert len(orchestrator.events("agents started anew")) == 1
+    assert not left_of(servers, run_id)
+
+
+@pytest.mark.servers
+def test_agents_are_not_created_anew_without_end(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant(MAX_RESTARTS="1")
+    run_id = new_run_id()
+    run = {"run_id": run_id, "number_of_jobs": 20}
+    assert orchestrator.post(run=run, job={"seconds": 0.5}).status_code == 200
+    for agents in (2, 4):
+        begun(orchestrator, run_id, agents)
+        cluster.evict(run_id, 0, 1)
+    wait_for_phase(cluster, run_id, "failed")
+    [failed] = orchestrator.events("run failed")
+    done = orchestrator.store().hlen(f"done:{run_id}")
+    assert failed["jobs_left"] == ready(servers, run_id) == 20 - done
+    assert cluster.told(run_id) == ["Started", "Recreated", "Failed"]
+
+
+@pytest.mark.servers
+def test_a_run_whose_agents_all_crash_fails_and_keeps_its_jobs_for_a_while(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant(KEEP_FAILED="3")
+    cluster.trouble = {0: "crash", 1: "crash"}
+    run_id = new_run_id()
+    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+    wait_for_phase(cluster, run_id, "failed")
+    assert ready(servers, run_id) == 6
+    [failed] = orchestrator.events("run failed")
+    assert failed["jobs_left"] == 6
+    assert cluster.annotation(run_id, "jobs-left") == "6"
+    assert cluster.told(run_id)[-1] == "Failed"
+    assert "6 jobs left" in cluster.events[-1]["message"]
+    assert cluster.calls.count("create jobs") == 1
+    assert len(cluster.processes) == 8  # each index once, and three times more
+    wait_for("the end of what was kept", lambda: not left_of(servers, run_id))
+    assert cluster.job(run_id) is not None
+    assert not orchestrator.events("run cancelled")
+
+
+@pytest.mark.servers
+def test_an_agent_that_crashes_again_and_again_does_not_harm_the_others(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    cluster.trouble = {1: "crash"}
+    run_id = new_run_id()
+    run = {"run_id": run_id, "number_of_agents": 3, "number_of_jobs": 8}
+    assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
+    wait_for("the end", lambda: ended(orchestrator, run_id))
+    store = orchestrator.store()
+    assert store.hgetall(f"done:{run_id}") == {str(index): "1" for index in range(8)}
+    wait_for("its phase", lambda: "stopped" in str(cluster.annotation(run_id, "phase")))
+    [failing] = [e for e in cluster.events if e["reason"] == "AgentsFailing"]
+    assert failing["type"] == "Warning"
+    assert cluster.told(run_id)[-2:] == ["Drained", "Stopped"]
+    job = cluster.job(run_id)
+    assert job is not None
+    assert (job["status"]["completedIndexes"], job["status"]["failedIndexes"]) == ("0,2", "1")
+    assert not left_of(servers, run_id)
+
+
+@pytest.mark.servers
+def test_runs_end_within_a_minute_of_their_last_job_though_some_agents_never_start(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    cluster.trouble = {1: "ErrImagePull", 2: "Unschedulable"}
+    idles, evicted = new_run_id(), new_run_id()
+    for run_id in (idles, evicted):
+        run = {"run_id": run_id, "number_of_agents": 3, "number_of_jobs": 1}
+        assert orchestrator.post(run=run, job={"seconds": 2}).status_code == 200
+        begun(orchestrator, run_id)
+    cluster.evict(evicted, 0)  # it finishes its job first
+    store = orchestrator.store()
+    both = idles, evicted
+    wait_for("both jobs", lambda: all(store.hlen(f"done:{run_id}") for run_id in both))
+    wait_for("both ends", lambda: all(ended(orchestrator, run_id) for run_id in both), 60)
+    for run_id in both:
+        wait_for_phase(cluster, run_id, "stopped-without-all-agents")
+        told = [e for e in cluster.events if e["involvedObject"]["name"].endswith(run_id)]
+        [waiting] = [e for e in told if e["reason"] == "AgentsNotStarting"]
+        assert waiting["type"] == "Warning"
+        assert "ErrImagePull" in waiting["message"] and "Unschedulable" in waiting["message"]
+        assert not left_of(servers, run_id)
+    assert not [pod for pod in cluster.pods.values() if pod["status"]["phase"] == "Pending"]
+
+
+@pytest.mark.servers
+def test_a_run_goes_on_while_the_api_server_is_down(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    run_id = new_run_id()
+    assert orchestrator.post(run={"run_id": run_id}, job={"seconds": 0.5}).status_code == 200
+    begun(orchestrator, run_id)
+    cluster.down()
+    wait_for("the monitor's word", lambda: orchestrator.events("monitor waits"))
+    store = orchestrator.store()
+    wait_for("all jobs", lambda: store.hlen(f"done:{run_id}") == 6)
+    cluster.up()
+    assert_done(orchestrator, run_id, 6)
+    wait_for_phase(cluster, run_id, "stopped")
+    assert len(orchestrator.events("monitor waits")) == 1
+    assert len(orchestrator.events("monitor goes on")) == 1
+    assert cluster.told(run_id)[-1] == "Stopped"
+
+
+def die_at(orchestrator: Orchestrator) -> Callable[[Json], None]:
+    """A hook of a cluster: this call is the last that the orchestrator has made."""
+
+    def kill(body: Json) -> None:
+        assert orchestrator.process is not None
+        orchestrator.process.kill()
+        orchestrator.process.wait()
+        # What else takes 15 s: that nobody has heard of it.
+        orchestrator.store().delete(*orchestrator.store().keys("armada:owner:*"))
+
+    return kill
+
+
+@pytest.mark.servers
+def test_what_an_orchestrator_that_was_killed_had_only_begun_to_start_is_undone(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    first = distant()
+    run_id = new_run_id()
+    cluster.after["create jobs"] = die_at(first)
+    with pytest.raises(httpx.TransportError):
+        first.post(run={"run_id": run_id})
+    job = cluster.job(run_id)
+    assert job is not None and job["spec"]["suspend"] is True
+    second = distant()
+    wait_until_undone(servers, cluster, run_id)
+    assert len(second.events("run taken over")) == 1
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_was_committed_goes_on_whenever_its_orchestrator_is_killed(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, when: str
+) -> None:
+    first = distant()
+    run_id = new_run_id()
+    hooks = {"before": cluster.before, "after": cluster.after}[when]
+    hooks["patch jobs"] = die_at(first)
+    with pytest.raises(httpx.TransportError):
+        first.post(run={"run_id": run_id})
+    hooks.clear()
+    second = distant()
+    assert_done(second, run_id, 6)
+    wait_for_phase(cluster, run_id, "stopped")
+    assert cluster.calls.count("create jobs") == 1
+    assert not left_of(servers, run_id)
+
+
+@pytest.mark.servers
+def test_an_orchestrator_that_is_told_to_stop_leaves_its_runs_to_the_next(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    first = distant()
+    run_id = new_run_id()
+    run = {"run_id": run_id, "number_of_jobs": 12}
+    assert first.post(run=run, job={"seconds": 0.5}).status_code == 200
+    begun(first, run_id, agents=2)
+    first.stop()
+    assert len(cluster.live()) == 2
+    second = distant()
+    assert_done(second, run_id, 12)
+    assert cluster.calls.count("create jobs") == 1
+    assert not left_of(servers, run_id)
+
+
+@pytest.mark.servers
+def test_a_kubernetes_job_that_goes_as_soon_as_it_has_ended_was_not_cancelled(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant(TTL_SECONDS_AFTER_FINISHED="0", KUBERNETES_INTERVAL_MS="3000")
+    run_id = new_run_id()
+    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+    assert_done(orchestrator, run_id, 6)
+    assert cluster.job(run_id) is None
+    assert not orchestrator.events("run cancelled")
+    assert not left_of(servers, run_id)
+
+
+# What the orchestrator asks of the API server
+
+
+@pytest.mark.servers
+def test_thirty_agents_cost_no_more_calls_than_three(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant()
+    cluster.agent_command = IDLE
+    made = []
+    for agents in (3, 30):
+        cluster.calls.clear()
+        run_id = new_run_id()
+        run = {"run_id": run_id, "number_of_agents": agents}
+        assert orchestrator.post(run=run).status_code == 200
+        wait_for("some looks", lambda: cluster.calls.count("list jobs") >= 8)
+        assert len(cluster.live()) == agents
+        cluster.delete(run_id)
+        wait_until_undone(servers, cluster, run_id)
+        made.append(Counter(cluster.calls))
+    few, many = made
+    assert few.keys() == many.keys()
+    for call in few.keys() - {"list jobs", "list pods"}:
+        assert few[call] == many[call], call
+    assert many["list pods"] <= many["list jobs"]
+
+
+@pytest.mark.servers
+def test_the_charts_role_allows_the_calls_that_are_made_and_no_others(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, role: set[str]
+) -> None:
+    orchestrator = distant()
+    cluster.agent_command = IDLE
+    cluster.trouble = {0: "ContainerCreating", 1: "ImagePullBackOff"}
+    assert orchestrator.post().status_code == 200
+    wait_for("a look at the pods", lambda: "list pods" in cluster.calls)
+    cluster.before["patch jobs"] = Refusal(500, "InternalError", "once")
+    assert orchestrator.post().status_code == 502
+    assert set(cluster.calls) == role
