@@ -77,7 +77,7 @@ def consume_message(self, job):
 
 
 def free_port() -> int:
-    """A port that nobody gets by chance: below those that the system hands to clients."""
+    """A free port below those that outgoing connections are given, which might take it first."""
     while True:
         port = random.randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
