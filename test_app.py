@@ -2116,7 +2116,7 @@ def test_agents_are_not_created_anew_without_end(
     for agents in (2, 4):
         begun(orchestrator, run_id, agents)
         cluster.evict(run_id, 0, 1)
-    wait_for_phase(cluster, run_id, "failed")
+    wait_for("the Event", lambda: "Failed" in cluster.told(run_id))
     [failed] = orchestrator.events("run failed")
     done = orchestrator.store().hlen(f"done:{run_id}")
     assert failed["jobs_left"] == ready(servers, run_id) == 20 - done
@@ -2124,43 +2124,47 @@ def test_agents_are_not_created_anew_without_end(
 
 
 @pytest.mark.servers
-def test_a_run_whose_agents_all_crash_fails_and_keeps_its_jobs_for_a_while(
+def test_a_run_whose_agents_all_crash_fails_and_keeps_its_jobs_until_its_kubernetes_job_goes(
     distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
 ) -> None:
-    orchestrator = distant(KEEP_FAILED="3")
+    orchestrator = distant()
     cluster.trouble = {0: "crash", 1: "crash"}
     run_id = new_run_id()
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
-    wait_for_phase(cluster, run_id, "failed")
-    assert ready(servers, run_id) == 6
-    [failed] = orchestrator.events("run failed")
-    assert failed["jobs_left"] == 6
+    wait_for("the Event", lambda: "Failed" in cluster.told(run_id))
+    assert "6 of 6 jobs left" in cluster.events[-1]["message"]
+    assert cluster.annotation(run_id, "phase") == "failed"
     assert cluster.annotation(run_id, "jobs-left") == "6"
-    assert cluster.told(run_id)[-1] == "Failed"
-    assert "6 jobs left" in cluster.events[-1]["message"]
+    [failed] = orchestrator.events("run failed")
+    assert failed["jobs_left"] == ready(servers, run_id) == 6
     assert cluster.calls.count("create jobs") == 1
     assert len(cluster.processes) == 8  # each index once, and three times more
+    cluster.delete(run_id)
     wait_for("the end of what was kept", lambda: not left_of(servers, run_id))
-    assert cluster.job(run_id) is not None
     assert not orchestrator.events("run cancelled")
 
 
 @pytest.mark.servers
-def test_an_agent_that_crashes_again_and_again_does_not_harm_the_others(
+def test_an_agent_that_crashes_again_and_again_is_told_of_and_does_not_harm_the_others(
     distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
 ) -> None:
     orchestrator = distant()
     cluster.trouble = {1: "crash"}
     run_id = new_run_id()
-    run = {"run_id": run_id, "number_of_agents": 3, "number_of_jobs": 8}
-    assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
-    wait_for("the end", lambda: ended(orchestrator, run_id))
     store = orchestrator.store()
+    hold = """    while not results.exists(f"go:{job['run_id']}"): time.sleep(0.1)\n"""
+    answer = orchestrator.post(
+        run={"run_id": run_id, "number_of_agents": 3, "number_of_jobs": 8},
+        script=SCRIPT.replace("    time.sleep(", f"{hold}    time.sleep("),
+    )
+    assert answer.status_code == 200
+    wait_for("the Event", lambda: "AgentsFailing" in cluster.told(run_id))
+    assert cluster.events[-1]["type"] == "Warning"
+    store.set(f"go:{run_id}", 1)
+    wait_for("the end", lambda: ended(orchestrator, run_id))
     assert store.hgetall(f"done:{run_id}") == {str(index): "1" for index in range(8)}
-    wait_for("its phase", lambda: "stopped" in str(cluster.annotation(run_id, "phase")))
-    [failing] = [e for e in cluster.events if e["reason"] == "AgentsFailing"]
-    assert failing["type"] == "Warning"
-    assert cluster.told(run_id)[-2:] == ["Drained", "Stopped"]
+    wait_for_phase(cluster, run_id, "stopped")
+    assert cluster.told(run_id) == ["Started", "AgentsFailing", "Drained", "Stopped"]
     job = cluster.job(run_id)
     assert job is not None
     assert (job["status"]["completedIndexes"], job["status"]["failedIndexes"]) == ("0,2", "1")
