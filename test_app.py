@@ -2026,10 +2026,11 @@ def test_a_start_is_undone_once_an_api_server_that_died_in_it_is_back(
     when: str,
 ) -> None:
     orchestrator = distant()
+    cluster.agent_command = IDLE
     run_id = new_run_id()
     hooks = {"before": cluster.before, "after": cluster.after}[when]
     hooks[call] = cluster.die
-    answer = orchestrator.post(run={"run_id": run_id}, job={"seconds": 1})
+    answer = orchestrator.post(run={"run_id": run_id})
     assert answer.status_code == 503, answer.text
     assert "Kubernetes" in answer.json()["detail"]
     assert bool(cluster.job(run_id)) == ((call, when) != ("create jobs", "before"))
@@ -2218,7 +2219,7 @@ def test_a_run_goes_on_while_the_api_server_is_down(
 
 
 def die_at(orchestrator: Orchestrator) -> Callable[[Json], None]:
-    """A hook of a cluster: this call is the last that the orchestrator has made."""
+    """A hook of a cluster: the orchestrator is killed in this call, before or after its effect."""
 
     def kill(body: Json) -> None:
         assert orchestrator.process is not None
@@ -2226,6 +2227,7 @@ def die_at(orchestrator: Orchestrator) -> Callable[[Json], None]:
         orchestrator.process.wait()
         # What else takes 15 s: that nobody has heard of it.
         orchestrator.store().delete(*orchestrator.store().keys("armada:owner:*"))
+        raise Lost
 
     return kill
 
@@ -2276,6 +2278,7 @@ def test_an_orchestrator_that_is_told_to_stop_leaves_its_runs_to_the_next(
     begun(first, run_id, agents=2)
     first.stop()
     assert len(cluster.live()) == 2
+    assert not first.store().keys("armada:owner:*")  # so that the next need not wait
     second = distant()
     assert_done(second, run_id, 12)
     assert cluster.calls.count("create jobs") == 1
@@ -2316,10 +2319,10 @@ def test_thirty_agents_cost_no_more_calls_than_three(
         wait_until_undone(servers, cluster, run_id)
         made.append(Counter(cluster.calls))
     few, many = made
-    assert few.keys() == many.keys()
-    for call in few.keys() - {"list jobs", "list pods"}:
-        assert few[call] == many[call], call
     assert many["list pods"] <= many["list jobs"]
+    for counted in made:
+        del counted["list jobs"], counted["list pods"]  # as often as there was time for
+    assert few == many
 
 
 @pytest.mark.servers
