@@ -276,7 +276,7 @@ class Monitor:
             self.agents.restart(record, self.registry.manifest(record.run_id))
             watch.quiet = 0
             self.registry.update(record, phase=Phase.RUNNING)
-        elif fleet.deleted and record.phase in (Phase.RUNNING, Phase.DRAINED):
+        elif fleet.deleted and record.phase == Phase.RUNNING and (depth.ready or workers):
             self.registry.update(record, phase=Phase.CANCELLED)
             self.broker.purge(record.run_id)
         elif record.phase == Phase.RUNNING:
@@ -297,9 +297,9 @@ class Monitor:
                 workers=workers,
             )
         watch.shown = shown
-        if record.phase != Phase.RUNNING or fleet.deleted:
+        if record.phase not in (Phase.RUNNING, Phase.DRAINED) or fleet.deleted:
             return
-        if time.monotonic() - watch.told > self.TELL:
+        if record.phase == Phase.RUNNING and time.monotonic() - watch.told > self.TELL:
             watch.told = time.monotonic()
             self.agents.tell(record, record.phase, depth.ready)
         for cause, text in fleet.trouble.items():
@@ -330,18 +330,18 @@ class Monitor:
                 again = record.restarts + 1
                 self.registry.update(record, phase=Phase.RESTARTING, restarts=again)
                 say("agents started anew", logging.WARNING, run_id=run_id, left=left, restart=again)
-        elif self.ended(watch, fleet) or self.left_alone(watch, depth):
-            self.finish(record, depth, fleet)
 
     def idle(self, record: Record, watch: Watch, depth: Depth, workers: int) -> bool:
         """Whether the queue is empty and all workers said, twice in a row, that they hold nothing.
 
         Judges the answers to the last questions, and asks anew. The questions are void when the
-        queue has filled or workers have come or gone meanwhile.
+        queue has filled or workers have come or gone meanwhile. Without workers nobody holds a job.
         """
         assert self.mailbox is not None
         asked, now = watch.round, time.monotonic()
-        if asked and workers == asked.workers and not depth.ready:
+        if not workers and not depth.ready:
+            watch.idle += 1
+        elif asked and workers == asked.workers and not depth.ready:
             complete = asked.answers >= workers * len(Mailbox.COMMANDS)
             if not (complete or asked.busy) and now - asked.opened < self.ROUND:
                 return False
@@ -352,7 +352,7 @@ class Monitor:
         watch.round = None
         if workers and not depth.ready and watch.idle < 2:
             watch.round = self.mailbox.ask(record.run_id, workers)
-        return watch.idle == 2
+        return watch.idle > 1
 
     def ended(self, watch: Watch, fleet: Fleet) -> bool:
         """Whether all agents have ended, and the broker has had time to take their jobs back."""
