@@ -8,6 +8,7 @@ works in any other agent of the platform.
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,9 @@ def install_requirements(folder: str) -> None:
 
 def main() -> None:
     """Be one agent of one run. Ends with exit code 0 when the orchestrator says so."""
+    # Until the worker sets its own: the first process of a container ignores SIGTERM by default.
+    # Not 0, or Kubernetes would count the agent as completed and start no other in its place.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_id, index = os.environ["RUN_ID"], os.environ["POD_INDEX"]
     with tempfile.TemporaryDirectory(prefix="agent-") as folder:
         install_requirements(folder)
