@@ -16,8 +16,10 @@ export MINIKUBE_PROFILE ?= minikube
 # By name: the current context may be another cluster
 CONTEXT ?= $(MINIKUBE_PROFILE)
 # A hash of what is in the images, so that a changed image is rolled out and an unchanged one is not
-TAG ?= $(shell cat $(IMAGE_FILES) | git hash-object --stdin | cut -c1-12)
+HASH = $(shell cat $(IMAGE_FILES) | git hash-object --stdin | cut -c1-12)
+deploy minikube-images: TAG ?= $(HASH)
 endif
+ON_MINIKUBE = $(and $(CONTEXT),$(filter $(CONTEXT),$(shell kubectl config current-context)))
 
 CLUSTER = $(if $(NAMESPACE),--namespace $(NAMESPACE))
 HELM = helm $(if $(CONTEXT),--kube-context $(CONTEXT)) $(CLUSTER)
@@ -59,7 +61,10 @@ status: ## Show the runs in flight: phase, jobs left, agents up
 	@$(KUBECTL) get jobs $(RUNS) -o custom-columns-file=chart/status.columns \
 		| awk 'NR == 1 || $$2 !~ /^(stopped|failed|cancelled)$$/'
 
+# On minikube with images of the tree as it is; elsewhere with those of the chart's version, or TAG.
+e2e: TAG ?= $(if $(ON_MINIKUBE),$(HASH))
 e2e: ## Test install, run, cancel, upgrade and uninstall on the current kubectl context
+	$(if $(ON_MINIKUBE),$(MAKE) minikube-images)
 	bash chart/e2e.sh $(CHART_VALUES)
 
 # An environment of its own: checkov pins versions that the tests do not want.

@@ -2,7 +2,8 @@
 # End-to-end test of the chart and both images on the current kubectl context, in a namespace of
 # its own with the Pod Security Standard `restricted` enforced. Arguments are passed to helm, e.g.
 #   chart/e2e.sh --set distrib=minikube --set-string image.tag=dev
-# Needs kubectl, helm, curl, and the reference agent's image as example/template.json names it.
+# Needs kubectl, helm, curl, and the reference agent's image as example/template.json names it. The
+# agents fetch the example's requirements from PyPI, or from what agent.podTemplate sets up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,7 +35,10 @@ finish() {
         step "what the cluster looked like"
         k get all,jobs,pvc -o wide || true
         k get events --sort-by=.lastTimestamp | tail -n 40 || true
-        k logs --tail=100 -l app.kubernetes.io/component=orchestrator || true
+        for component in orchestrator test redis rabbitmq; do
+            k logs --tail=50 -l app.kubernetes.io/component=$component || true
+        done
+        k logs --tail=20 --prefix -l app.kubernetes.io/managed-by=armada-orchestrator || true
     fi
     kubectl delete namespace "$namespace" --wait=false >/dev/null 2>&1 || true
     exit "$status"
@@ -43,38 +47,42 @@ trap finish EXIT
 
 secret() { k get secret "$1" -o "jsonpath={.data.$2}" | base64 -d; }
 annotation() { k get job "$1" -o "jsonpath={.metadata.annotations.armada\.services/$2}"; }
-annotated() { [[ $(annotation "$1" "$2") == "$3" ]]; }
 redis() { k exec "$release-redis-0" -- redis-cli --raw "$@"; }
-queues() { k exec "$release-rabbitmq-0" -- rabbitmqctl --quiet list_queues name; }
+rabbitmqctl() { k exec "$release-rabbitmq-0" -- rabbitmqctl --quiet "$@"; }
 json() { sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p"; }
 
 forwarded() { url=$(sed -n 's/^Forwarding from \(127[0-9.]*:[0-9]*\) .*/http:\/\/\1/p' "$forward_log") && [[ $url ]]; }
 forward() {
-    if [[ -n $forward_pid ]]; then kill "$forward_pid" 2>/dev/null || true; fi
     kubectl --namespace "$namespace" port-forward "svc/$release-orchestrator" :8080 >"$forward_log" 2>&1 &
     forward_pid=$!
     eventually 30 "port-forward" forwarded
 }
 
-# start PART...: post a run, print the answer
+# start ARGUMENT...: post a run, print the answer. The token goes through a pipe, since everybody on
+# this machine can read the arguments of a process.
 start() {
-    local parts=()
-    for part in "$@"; do parts+=(-F "$part"); done
-    curl --silent --show-error --fail-with-body --max-time 120 "$url/bot/start" \
-        -H "Authorization: Bearer $(secret $release-api-token token)" "${parts[@]}"
+    secret $release-api-token token | sed 's/^/Authorization: Bearer /' |
+        curl --silent --show-error --fail-with-body --max-time 120 --header @- "$@" "$url/bot/start"
 }
+
+# In the conditions below a question that the cluster does not answer is a no.
+
+ended() { [[ $(annotation "$1" phase) =~ ^(stopped|failed|cancelled)$ ]]; }
 
 agents_up() { [[ $(k get jobs -l "armada.services/run-id=$1" -o 'jsonpath={.items[0].status.ready}') == "$2" ]]; }
 
 nothing_of() {
-    [[ -z $(k get pods -l "armada.services/run-id=$1" --field-selector status.phase!=Succeeded -o name) ]] &&
-        [[ -z $(redis --scan --pattern "$1*") ]] &&
-        ! queues | grep -q "$1"
+    local pods keys queues exchanges
+    pods=$(k get pods -l "armada.services/run-id=$1" --field-selector status.phase!=Succeeded -o name) &&
+        keys=$(redis --scan --pattern "$1*") &&
+        queues=$(rabbitmqctl list_queues name) &&
+        exchanges=$(rabbitmqctl list_exchanges name) &&
+        [[ -z $pods$keys && $queues$exchanges != *"$1"* ]]
 }
 
 nothing_left() {
-    left=$(k get all,pvc,secrets,configmaps,serviceaccounts,roles,rolebindings,networkpolicies,pdb,ingress -o name |
-        grep -v -e '^configmap/kube-root-ca.crt$' -e '^serviceaccount/default$' || true)
+    left=$(k get all,pvc,secrets,configmaps,serviceaccounts,roles,rolebindings,networkpolicies,pdb,ingress -o name) || return
+    left=$(grep -v -e '^configmap/kube-root-ca.crt$' -e '^serviceaccount/default$' <<<"$left" || true)
     [[ -z $left ]] || { echo "still there: ${left//$'\n'/ }"; false; }
 }
 
@@ -84,7 +92,7 @@ kubectl label namespace "$namespace" pod-security.kubernetes.io/enforce=restrict
 helm install "$release" chart --namespace "$namespace" "${helm_args[@]}" --wait --timeout 10m
 
 step "helm test"
-helm test "$release" --namespace "$namespace" --logs
+helm test "$release" --namespace "$namespace"
 
 step "a run without the token is refused"
 forward
@@ -92,30 +100,32 @@ status=$(curl --silent --output /dev/null --write-out '%{http_code}' -X POST "$u
 [[ $status == 401 ]] || fail "expected 401, got $status"
 
 step "the example runs to its end"
-answer=$(start configtemplate=@example/template.json data_job=@example/jobs.csv \
-    data_agent=@example/agents.csv python_code=@example/script.py \
-    requirements_txt=@example/requirements.txt \
-    "configtune={\"URL\": \"http://$release-orchestrator:8080/health\"}")
+answer=$(start -F configtemplate=@example/template.json -F data_job=@example/jobs.csv \
+    -F data_agent=@example/agents.csv -F python_code=@example/script.py \
+    -F requirements_txt=@example/requirements.txt \
+    --form-string "configtune={\"URL\": \"http://$release-orchestrator:8080/health\"}")
 echo "$answer"
 run=$(json run_uuid <<<"$answer")
 jobs=$(json jobs <<<"$answer")
 job=$(k get jobs -l "armada.services/run-id=$run" -o 'jsonpath={.items[0].metadata.name}')
-k wait --for=condition=complete --timeout=10m "job/$job"
-eventually 60 "phase stopped" annotated "$job" phase stopped
-annotated "$job" jobs "$jobs" || fail "annotation jobs is $(annotation "$job" jobs), not $jobs"
-annotated "$job" jobs-left 0 || fail "annotation jobs-left is $(annotation "$job" jobs-left)"
+eventually 600 "the run ends" ended "$job"
+k get events --field-selector "involvedObject.name=$job"
+for expected in phase=stopped "jobs=$jobs" jobs-left=0; do
+    found=$(annotation "$job" "${expected%=*}")
+    [[ $found == "${expected#*=}" ]] || fail "the annotation ${expected%=*} is $found, not ${expected#*=}"
+done
+k wait --for=condition=complete --timeout=60s "job/$job"
 results=$(redis hlen "example:$run")
 [[ $results == "$jobs" ]] || fail "$results results of $jobs jobs"
 eventually 60 "queue and keys of the run are gone" nothing_of "$run"
-k get events --field-selector "involvedObject.name=$job"
 
 step "kubectl delete job cancels a run"
 image_name=$(json image_name <example/template.json)
 image_version=$(json image_version <example/template.json)
-answer=$(start data_job= data_agent= "configtemplate={\"run_message\": {\"image_name\": \"$image_name\",
-    \"image_version\": \"${image_version:-latest}\", \"number_of_agents\": 2, \"number_of_jobs\": 1000,
-    \"agent_cpu\": \"100m\", \"agent_memory\": \"128Mi\"},
-    \"default_agent_message\": {}, \"default_job_message\": {}}" 'python_code=
+answer=$(start -F data_job= -F data_agent= --form-string "configtemplate={\"run_message\":
+    {\"image_name\": \"$image_name\", \"image_version\": \"${image_version:-latest}\",
+    \"number_of_agents\": 2, \"number_of_jobs\": 1000, \"agent_cpu\": \"100m\", \"agent_memory\": \"128Mi\"},
+    \"default_agent_message\": {}, \"default_job_message\": {}}" --form-string 'python_code=
 import time
 @app.task(name="tasks.consume_message", acks_late=True)
 def consume(message): time.sleep(2)')
@@ -126,6 +136,7 @@ eventually 120 "pods, queue and keys of the cancelled run are gone" nothing_of "
 
 step "an upgrade keeps the generated passwords"
 before=$(secret $release-rabbitmq url) token=$(secret $release-api-token token)
+[[ $before == amqp://armada:*@* && $token ]] || fail "there are no generated passwords"
 helm upgrade "$release" chart --namespace "$namespace" "${helm_args[@]}" --set replicas=2 --wait --timeout 10m
 [[ $(secret $release-rabbitmq url) == "$before" ]] || fail "the RabbitMQ password changed"
 [[ $(secret $release-api-token token) == "$token" ]] || fail "the API token changed"
@@ -134,6 +145,6 @@ helm test "$release" --namespace "$namespace"
 step "uninstall leaves nothing"
 k delete jobs -l app.kubernetes.io/managed-by=armada-orchestrator
 helm uninstall "$release" --namespace "$namespace" --wait
-eventually 120 "everything is gone" nothing_left
+eventually 180 "everything is gone" nothing_left
 
 step "passed"
