@@ -102,6 +102,18 @@ call with (list $ "secret" "key"). Each call generates anew, so call once per pa
 {{- end -}}
 
 {{/*
+So many percent of a component's memory limit, in bytes; empty where it has none; call with
+(list .Values.redis.resources 75).
+*/}}
+{{- define "armada.memory" -}}
+{{- with dig "limits" "memory" "" (first .) -}}
+{{- $quantity := kindIs "string" . | ternary . (int64 . | toString) -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- mulf (regexFind "^[0-9.]+" $quantity) (get $units (regexFind "[A-Za-z]*$" $quantity)) (last $) 0.01 | floor | int64 -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
 The operator's pod template for agents, completed: the agents' own ServiceAccount, and the
 variables below in the container `agent`. What the operator sets under the same name stays.
 */}}
