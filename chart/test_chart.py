@@ -1,18 +1,30 @@
 """What the chart promises, checked on what the real Helm engine makes of it. No cluster needed."""
 
 import base64
+import functools
 import json
+import os
 import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import helm_python
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
+import redis
+import render as engine
 import yaml
-from render import CHART, Manifest, manifests, render
+from render import CHART, Manifest, render
 
 EXTERNAL = {
     "redis": {"enabled": False},
@@ -74,9 +86,23 @@ VARIANTS: dict[str, Manifest] = {
 everywhere = pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS.keys())
 
 
+@functools.cache
+def rendered(values: str) -> list[Manifest]:
+    return engine.manifests(json.loads(values))
+
+
+def manifests(values: Manifest | None = None) -> list[Manifest]:
+    """Every object that the chart makes of these values. Rendered once: not to be changed."""
+    return rendered(json.dumps(values or {}, sort_keys=True))
+
+
 def objects(kind: str, values: Manifest | None = None) -> dict[str, Manifest]:
     """The objects of a kind by name."""
     return {m["metadata"]["name"]: m for m in manifests(values) if m["kind"] == kind}
+
+
+def names_of(found: list[Manifest]) -> set[tuple[str, str]]:
+    return {(manifest["kind"], manifest["metadata"]["name"]) for manifest in found}
 
 
 def pod_templates(values: Manifest | None = None) -> dict[str, Manifest]:
@@ -167,12 +193,11 @@ def test_the_agents_pod_template_is_a_pod_template(values: Manifest) -> None:
 
 @everywhere
 def test_no_two_objects_have_the_same_name(values: Manifest) -> None:
-    names = [(m["kind"], m["metadata"]["name"]) for m in manifests(values)]
-    assert len(names) == len(set(names))
+    assert len(names_of(manifests(values))) == len(manifests(values))
 
 
 def test_names_fit_their_limits_whatever_the_release_is_called() -> None:
-    for manifest in manifests(release="a" * 53):
+    for manifest in engine.manifests(release="a" * 53):
         name = manifest["metadata"]["name"]
         # A StatefulSet's pods carry its name, a dash and a hash of ten characters as a label.
         assert len(name) <= (52 if manifest["kind"] == "StatefulSet" else 63), name
@@ -180,7 +205,7 @@ def test_names_fit_their_limits_whatever_the_release_is_called() -> None:
 
 @everywhere
 def test_every_reference_inside_the_release_resolves(values: Manifest) -> None:
-    names = {(m["kind"], m["metadata"]["name"]) for m in manifests(values)}
+    names = names_of(manifests(values))
     given = {"my-token", "my-rabbitmq", "broker"}
     for pod in pod_templates(values).values():
         spec, only = pod["spec"], container(pod)
@@ -236,6 +261,17 @@ def test_every_service_reaches_one_kind_of_pod_on_ports_it_opens(values: Manifes
         opened = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
         wanted = {port["targetPort"]: port["port"] for port in service["spec"]["ports"]}
         assert opened == wanted, name
+
+
+def test_two_releases_in_a_namespace_leave_one_another_alone() -> None:
+    """Agents apart, which belong to runs."""
+    others = engine.manifests(release="other")
+    assert not names_of(others) & names_of(manifests())
+    labels = [pod["metadata"]["labels"].items() for pod in pod_templates().values()]
+    for spec in [m["spec"] for m in others if "spec" in m]:
+        selector = spec.get("selector", spec.get("podSelector", {}))
+        wanted = selector.get("matchLabels", selector).items()
+        assert not wanted or not any(wanted <= own for own in labels), selector
 
 
 # The orchestrator
@@ -322,8 +358,15 @@ def test_a_disruption_budget_exists_only_with_more_than_one_replica(
     replicas: int, budgets: int
 ) -> None:
     values = {"replicas": replicas}
-    assert objects("Deployment", values)["armada-orchestrator"]["spec"]["replicas"] == replicas
-    assert len(objects("PodDisruptionBudget", values)) == budgets
+    deployment = objects("Deployment", values)["armada-orchestrator"]["spec"]
+    assert deployment["replicas"] == replicas
+    found = [
+        budget["spec"]["maxUnavailable"]
+        for budget in objects("PodDisruptionBudget", values).values()
+    ]
+    assert found == [1] * budgets
+    (spread,) = deployment["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["whenUnsatisfiable"] == "ScheduleAnyway", "one node must do for all replicas"
 
 
 def test_images_come_from_the_account_or_from_where_the_values_say() -> None:
@@ -352,6 +395,7 @@ def test_an_ingress_exists_only_when_asked_for() -> None:
     (path,) = rule["http"]["paths"]
     service = {"name": "armada-orchestrator", "port": {"name": "http"}}
     assert (rule["host"], path["backend"]["service"]) == ("armada.example.org", service)
+    assert (path["path"], path["pathType"]) == ("/", "Prefix")
     assert spec["tls"] == [{"hosts": ["armada.example.org"], "secretName": "armada-tls"}]
 
 
@@ -376,7 +420,8 @@ def test_the_role_has_exactly_the_verbs_that_the_orchestrator_uses() -> None:
 
 def test_only_the_orchestrators_account_has_the_role() -> None:
     (binding,) = objects("RoleBinding").values()
-    assert [s["name"] for s in binding["subjects"]] == ["armada-orchestrator"]
+    account = {"kind": "ServiceAccount", "name": "armada-orchestrator", "namespace": "test"}
+    assert binding["subjects"] == [account]
     assert binding["roleRef"]["name"] == "armada-orchestrator"
     assert pod_templates()["armada-orchestrator"]["spec"]["serviceAccountName"] == (
         "armada-orchestrator"
@@ -431,6 +476,7 @@ def test_agents_run_as_uid_1000_under_an_account_of_their_own() -> None:
         "runAsGroup": 1000,
         "fsGroup": 1000,
     }
+    assert spec["enableServiceLinks"] is False
 
 
 def test_agents_take_sql_server_settings_from_a_secret_that_may_be_missing() -> None:
@@ -472,6 +518,8 @@ def test_the_operator_can_replace_what_the_chart_adds() -> None:
     assert merged["securityContext"]["runAsNonRoot"] is False
     assert "runAsUser" not in merged["securityContext"]
     assert agent_env(values)["SQL_SERVER_DB"] == {"name": "SQL_SERVER_DB", "value": "test"}
+    emptied = agent_template({"agent": {"podTemplate": {"spec": None}}})["spec"]
+    assert emptied["serviceAccountName"] == "armada-agent"
 
 
 # Secrets
@@ -504,7 +552,9 @@ def test_no_variable_that_is_secret_has_a_value_in_clear(values: Manifest) -> No
 
 
 def test_generated_secrets_are_new_in_every_installation() -> None:
-    first, second = secret_data(), secret_data()
+    first = secret_data()
+    rendered.cache_clear()
+    second = secret_data()
     assert first.keys() == {
         "armada-api-token/token",
         "armada-rabbitmq/password",
@@ -617,31 +667,112 @@ def test_without_a_token_there_is_none_to_read() -> None:
 # Redis and RabbitMQ
 
 
-def test_a_write_that_redis_answered_survives_a_crash() -> None:
-    arguments = container(pod_templates()["armada-redis"])["args"]
-    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert options["--appendonly"] == "yes"
-    assert options["--appendfsync"] == "always"
+def redis_options(values: Manifest | None = None) -> dict[str, str]:
+    arguments = container(pod_templates(values)["armada-redis"])["args"]
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
+
+
+def rabbitmq_settings(values: Manifest | None = None) -> dict[str, str]:
+    text = objects("ConfigMap", values)["armada-rabbitmq"]["data"]["90-armada.conf"]
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(line.split(" = ") for line in lines)
+
+
+def test_redis_keeps_its_file_on_the_volume_and_never_drops_a_key() -> None:
+    options = redis_options()
     assert options["--maxmemory-policy"] == "noeviction"
-    mounts = {
-        m["mountPath"]: m["name"]
-        for m in container(pod_templates()["armada-redis"])["volumeMounts"]
-    }
+    only = container(pod_templates()["armada-redis"])
+    mounts = {m["mountPath"]: m["name"] for m in only["volumeMounts"]}
     assert mounts[options["--dir"]] == "data"
 
 
+@pytest.mark.servers
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server")
+def test_what_redis_has_answered_survives_its_being_killed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    only = container(pod_templates()["armada-redis"])
+    arguments = [str(tmp_path) if a == "/data" else a for a in only["args"]]
+    command = [*only["command"], *arguments, "--port", str(port), "--bind", "127.0.0.1"]
+    client = redis.Redis(port=port)
+
+    def start() -> "subprocess.Popen[bytes]":
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        for _ in range(300):
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                assert server.poll() is None
+                time.sleep(0.05)
+        return server
+
+    for expected in (None, b"kept"):
+        server = start()
+        try:
+            assert client.get("run") == expected
+            client.set("run", "kept")
+            assert client.config_get("appendfsync")["appendfsync"] == "always"
+        finally:
+            server.kill()
+            server.wait()
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("limit", "in_bytes"),
+    [("512Mi", 512 * MIB), ("1.5Gi", 1536 * MIB), ("2G", 2 * 10**9), (1_000_000_000, 10**9)],
+)
+def test_redis_and_rabbitmq_refuse_before_they_are_killed_for_their_memory(
+    limit: str | int, in_bytes: int
+) -> None:
+    resources = {"resources": {"limits": {"memory": limit}}}
+    values = {"redis": resources, "rabbitmq": resources}
+    assert int(redis_options(values)["--maxmemory"]) == in_bytes * 75 // 100
+    watermark = int(rabbitmq_settings(values)["vm_memory_high_watermark.absolute"])
+    assert watermark == in_bytes * 60 // 100
+
+
+def test_without_a_memory_limit_there_is_nothing_to_stay_below() -> None:
+    resources = {"resources": {"limits": None}}
+    values = {"redis": resources, "rabbitmq": resources}
+    assert "--maxmemory" not in redis_options(values)
+    assert "vm_memory_high_watermark.absolute" not in rabbitmq_settings(values)
+
+
 def test_rabbitmq_waits_for_long_jobs_and_permits_the_queues_of_older_agents() -> None:
-    text = objects("ConfigMap")["armada-rabbitmq"]["data"]["90-armada.conf"]
-    settings = dict(
-        line.split(" = ") for line in text.splitlines() if line and not line.startswith("#")
-    )
-    assert settings.keys() == {
-        "consumer_timeout",
-        "deprecated_features.permit.transient_nonexcl_queues",
-    }
+    settings = rabbitmq_settings()
     assert settings["deprecated_features.permit.transient_nonexcl_queues"] == "true"
     # A day at least; a timer of the Erlang machine holds 32 bits.
     assert 86_400_000 <= int(settings["consumer_timeout"]) < 2**32
+    assert settings["disk_free_limit.absolute"] == "500MB"
+
+
+def test_the_user_that_agents_share_does_not_administrate_the_broker() -> None:
+    tags = {k for k in rabbitmq_settings() if k.startswith("default_user_tags.")}
+    assert tags == {"default_user_tags.monitoring"}
+
+
+def test_rabbitmq_gets_as_many_open_files_as_it_needs_and_is_allowed(tmp_path: Path) -> None:
+    only = container(pod_templates()["armada-rabbitmq"])
+    entrypoint = tmp_path / "docker-entrypoint.sh"
+    entrypoint.write_text('#!/bin/sh\nulimit -n; echo "$@"\n')
+    entrypoint.chmod(0o755)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for allowed in (1000, min(hard, 70_000)):
+        found = subprocess.run(
+            [*only["command"], *only["args"]],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            preexec_fn=functools.partial(
+                resource.setrlimit, resource.RLIMIT_NOFILE, (100, allowed)
+            ),
+        )
+        assert found.stdout.split() == [str(min(allowed, 65536)), "rabbitmq-server"]
 
 
 def test_rabbitmqs_settings_are_added_to_the_images_and_do_not_replace_them() -> None:
@@ -656,6 +787,29 @@ def test_rabbitmqs_settings_are_added_to_the_images_and_do_not_replace_them() ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "uid", "paths"),
+    [
+        ("armada-orchestrator", 1000, ["/tmp"]),
+        ("armada-redis", 999, ["/data", "/tmp"]),
+        ("armada-rabbitmq", 999, ["/tmp", "/var/lib/rabbitmq", "/var/log/rabbitmq"]),
+    ],
+)
+def test_each_server_writes_where_its_image_does_as_the_user_that_its_image_knows(
+    name: str, uid: int, paths: list[str]
+) -> None:
+    pod = pod_templates()[name]
+    context = pod["spec"]["securityContext"]
+    assert [context[k] for k in ("runAsUser", "runAsGroup", "fsGroup")] == [uid] * 3
+    mounts = container(pod)["volumeMounts"]
+    assert sorted(m["mountPath"] for m in mounts if not m.get("readOnly")) == paths
+
+
+def test_rabbitmq_has_time_to_write_what_it_holds() -> None:
+    """It took six seconds with empty queues."""
+    assert pod_templates()["armada-rabbitmq"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
 def test_the_erlang_cookie_is_written_beside_the_volume_and_not_on_it() -> None:
     only = container(pod_templates()["armada-rabbitmq"])
     home = next(v["value"] for v in only["env"] if v["name"] == "HOME")
@@ -664,19 +818,47 @@ def test_the_erlang_cookie_is_written_beside_the_volume_and_not_on_it() -> None:
     assert mounts[home] == "tmp"
 
 
+HANDLERS = ("exec", "httpGet", "tcpSocket")
+
+
 @everywhere
 def test_every_server_is_probed_and_cheaply(values: Manifest) -> None:
     for name, pod in servers(values).items():
         only = container(pod)
-        assert {"livenessProbe", "readinessProbe"} <= only.keys(), name
+        probes = {key: probe for key, probe in only.items() if key.endswith("Probe")}
+        assert {"livenessProbe", "readinessProbe"} <= probes.keys(), name
+        ports = {port["name"] for port in only["ports"]}
+        for probe in probes.values():
+            ((kind, asked),) = [(k, probe[k]) for k in HANDLERS if k in probe]
+            assert kind == "exec" or asked["port"] in ports, name
+        patience = [probes["livenessProbe"][k] for k in ("periodSeconds", "failureThreshold")]
+        assert patience[0] * patience[1] >= 60, f"{name} is killed when it is merely slow"
         assert "rabbitmq-diagnostics" not in json.dumps(only), name
 
 
-@pytest.mark.parametrize(("name", "size"), [("armada-redis", "2Gi"), ("armada-rabbitmq", "8Gi")])
+def test_a_server_that_reads_a_large_volume_is_given_ten_minutes() -> None:
+    """RabbitMQ opens its port when it has read its queues; Redis at once."""
+    probe = container(pod_templates()["armada-rabbitmq"])["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
+    assert "tcpSocket" in container(pod_templates()["armada-redis"])["livenessProbe"]
+
+
+def test_placement_and_pull_secrets_reach_every_pod_of_the_chart() -> None:
+    values = VARIANTS["everything set"]
+    for pod in pod_templates(values).values():
+        spec = pod["spec"]
+        assert spec["nodeSelector"] == values["nodeSelector"]
+        assert spec["tolerations"] == values["tolerations"]
+        assert spec["imagePullSecrets"] == [{"name": "pull"}]
+        assert spec["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize(("name", "size"), [("armada-redis", "4Gi"), ("armada-rabbitmq", "8Gi")])
 def test_volumes_outlive_pods_but_not_the_release(name: str, size: str) -> None:
     spec = objects("StatefulSet")[name]["spec"]
     (claim,) = spec["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == size
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
     assert "storageClassName" not in claim["spec"]
     policy = spec["persistentVolumeClaimRetentionPolicy"]
     assert policy == {"whenDeleted": "Delete", "whenScaled": "Retain"}
@@ -690,6 +872,11 @@ def test_volumes_take_the_class_and_size_of_the_values_or_are_left_out() -> None
     assert claim["spec"]["resources"]["requests"]["storage"] == "10Gi"
     for manifest in objects("StatefulSet", VARIANTS["nothing kept, nothing guarded"]).values():
         assert "volumeClaimTemplates" not in manifest["spec"]
+
+
+def test_a_rollback_replaces_a_pod_that_never_became_ready() -> None:
+    for manifest in objects("StatefulSet").values():
+        assert manifest["spec"]["podManagementPolicy"] == "Parallel"
 
 
 def test_external_servers_replace_those_of_the_chart() -> None:
@@ -710,7 +897,7 @@ def test_external_servers_replace_those_of_the_chart() -> None:
 
 def test_redis_and_rabbitmq_are_reached_from_orchestrator_and_agents_only() -> None:
     orchestrator = pod_templates()["armada-orchestrator"]["metadata"]["labels"]
-    for name, port in (("armada-redis", "redis"), ("armada-rabbitmq", "amqp")):
+    for name, port in (("armada-redis", 6379), ("armada-rabbitmq", 5672)):
         spec = objects("NetworkPolicy")[name]["spec"]
         labels = pod_templates()[name]["metadata"]["labels"]
         assert spec["podSelector"]["matchLabels"].items() <= labels.items()
@@ -731,7 +918,7 @@ def test_nobody_reaches_an_agent_and_an_agent_reaches_whom_it_likes() -> None:
 def test_the_orchestrator_is_reached_from_its_namespace_and_that_of_the_ingress() -> None:
     def sources(values: Manifest) -> Any:
         (rule,) = objects("NetworkPolicy", values)["armada-orchestrator"]["spec"]["ingress"]
-        assert rule["ports"] == [{"port": "http"}]
+        assert rule["ports"] == [{"port": 8080}]
         return rule["from"]
 
     assert sources({}) == [{"podSelector": {}}]
@@ -771,6 +958,8 @@ def test_network_policies_can_be_left_to_others() -> None:
         ({"agent": {"imagePullSecrets": [{"name": "x"}]}}, "imagePullSecrets"),
         ({"agent": {"imagePullSecrets": ["Not_A_Name"]}}, "imagePullSecrets"),
         ({"externalRedis": {"port": 70000}}, "port"),
+        ({"nodeSelector": {"gpu": True}}, "gpu"),
+        ({"tolerations": ["all"]}, "tolerations"),
         ({"redis": {"enabled": False}}, "externalRedis.host must be set"),
         ({"rabbitmq": {"enabled": False}}, "externalRabbitmq.existingSecret must be set"),
         ({"ingress": {"enabled": True}}, "ingress.host must be set"),
@@ -848,7 +1037,8 @@ def test_the_notes_say_how_to_reach_it_read_the_token_and_start_a_run() -> None:
     text = notes()
     assert "kubectl port-forward -n test svc/armada-orchestrator 8080:8080" in text
     assert "kubectl get secret armada-api-token -n test -o jsonpath='{.data.token}'" in text
-    assert 'make start URL=http://localhost:8080 TOKEN="$TOKEN"' in text
+    target = "http://armada-orchestrator:8080/health"
+    assert f"make start URL=http://localhost:8080 TARGET_URL={target}\n" in text
     assert "curl http://localhost:8080/bot/start" in text
     assert "Authorization: Bearer $TOKEN" in text
     for part in ("configtemplate", "data_job", "data_agent", "python_code", "requirements_txt"):
@@ -868,13 +1058,52 @@ def test_the_notes_follow_the_values() -> None:
         assert f"WARNING: {value}" in bare
 
 
-def test_helm_test_asks_for_readiness_from_inside_the_cluster() -> None:
+class Readiness(BaseHTTPRequestHandler):
+    """Answers the statuses of `script` in their order, the last one for ever."""
+
+    script: list[int]
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(self.script[0])
+        self.end_headers()
+        self.wfile.write(b"failing: redis" if self.script[0] == 503 else b"ready")
+        self.script[1:] and self.script.pop(0)
+
+    log_message = InstalledSecrets.log_message
+
+
+@pytest.mark.parametrize(
+    ("script", "exit_code", "shown"),
+    [([503, 200], 0, ["503", "failing: redis", "ready"]), ([503], 1, ["failing: redis"])],
+)
+def test_helm_test_waits_for_readiness_and_says_what_is_missing(
+    script: list[int], exit_code: int, shown: list[str]
+) -> None:
     pod = pod_templates()["armada-orchestrator-test"]
-    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert pod["metadata"]["annotations"] == {
+        "helm.sh/hook": "test",
+        # Helm uninstalls no hook: a pod that is not deleted on success would stay.
+        "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
+    }
     assert pod["spec"]["restartPolicy"] == "Never"
-    *_, script = container(pod)["command"]
-    compile(script, "helm test", "exec")
-    assert "http://armada-orchestrator:8080/health?ready" in script
+    Readiness.script, Readiness.asked = script, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Readiness) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        python, *options, program = container(pod)["command"]
+        assert python == "python"
+        assert "armada-orchestrator:8080" in program
+        here = program.replace("armada-orchestrator:8080", f"127.0.0.1:{server.server_port}")
+        if exit_code:
+            here = here.replace("+ 60", "+ 0")
+        command = [sys.executable, *options, here]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert set(Readiness.asked) == {"/health?ready"}
+    assert found.returncode == exit_code
+    for text in shown:
+        assert text in found.stdout
 
 
 def test_no_part_of_the_tests_is_packaged() -> None:
@@ -896,3 +1125,21 @@ def test_one_dockerfile_makes_two_images_that_run_as_a_numbered_user_and_get_sig
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", text, re.M)).split())
     kept = set(re.findall(r"^!(.*)$", (CHART.parent / ".dockerignore").read_text(), re.M))
     assert copied == kept
+
+
+def test_an_agent_that_is_ended_before_its_first_job_does_not_count_as_completed() -> None:
+    """143, as a shell says it; without a handler the first process of a container would go on."""
+    agent = CHART.parent / "agent.py"
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        environment = {
+            **os.environ,
+            "RUN_ID": "r",
+            "POD_INDEX": "0",
+            "REQUIREMENTS_TXT": base64.b64encode(b"humanize").decode(),
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
+        }
+        process = subprocess.Popen([sys.executable, agent], env=environment)
+        index.settimeout(60)
+        with index.accept()[0]:  # pip waits for an answer that does not come
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 143
