@@ -103,7 +103,8 @@ step "the example runs to its end"
 answer=$(start -F configtemplate=@example/template.json -F data_job=@example/jobs.csv \
     -F data_agent=@example/agents.csv -F python_code=@example/script.py \
     -F requirements_txt=@example/requirements.txt \
-    --form-string "configtune={\"URL\": \"http://$release-orchestrator:8080/health\"}")
+    --form-string "configtune={\"URL\": \"http://$release-orchestrator:8080/health\"}") ||
+    fail "the example was not accepted: $answer"
 echo "$answer"
 run=$(json run_uuid <<<"$answer")
 jobs=$(json jobs <<<"$answer")
@@ -128,7 +129,7 @@ answer=$(start -F data_job= -F data_agent= --form-string "configtemplate={\"run_
     \"default_agent_message\": {}, \"default_job_message\": {}}" --form-string 'python_code=
 import time
 @app.task(name="tasks.consume_message", acks_late=True)
-def consume(message): time.sleep(2)')
+def consume(message): time.sleep(2)') || fail "the run was not accepted: $answer"
 cancelled=$(json run_uuid <<<"$answer")
 eventually 120 "both agents are up" agents_up "$cancelled" 2
 k delete job -l "armada.services/run-id=$cancelled"
