@@ -137,8 +137,11 @@ class Orchestrator:
         """Undo a start. What cannot be undone now stays in the registry, for the monitor."""
         try:
             current = self.registry.get(record.run_id)
+            mine = current is not None and current.claim == record.claim
+            if current and mine and current.phase != Phase.STARTING:
+                self.registry.update(current, phase=Phase.STARTING)  # for others, should this fail
             self.agents.delete(record)
-            if current is None or current.claim == record.claim:
+            if current is None or mine:
                 with self.broker.connection() as connection:
                     self.broker.forget(connection, record.run_id)
                 self.registry.forget(record)
@@ -393,7 +396,9 @@ class Monitor:
         self.mailbox.publish(record.run_id, "shutdown")
         watch.stopping = watch.stopping or time.monotonic()
         if fleet.live and time.monotonic() - watch.stopping > self.STOP_GRACE:
-            say("agents ended by force", logging.WARNING, run_id=record.run_id, agents=fleet.live)
+            if "forced" not in watch.trouble:
+                watch.trouble.add("forced")
+                say("agents ended by force", logging.WARNING, run_id=record.run_id, left=fleet.live)
             self.agents.end(record, fleet)
         return False
 

@@ -317,7 +317,7 @@ class KubernetesError(Exception):
 class KubernetesAgents(Agents):
     """Agents as the pods of one Indexed Job per run. Methods raise `KubernetesError`."""
 
-    PODS_SECONDS = 15.0  #: between two looks at pods, for those that do not start or have failed
+    PODS_INTERVAL = 3  #: intervals between two looks at pods, for those that fail or do not start
     name = "Kubernetes"
     errors = (KubernetesError,)
 
@@ -438,7 +438,7 @@ class KubernetesAgents(Agents):
             self.next_look = time.monotonic() + self.interval
         fleets = {record.run_id: self.fleet(record) for record in records}
         if time.monotonic() >= self.next_pods:
-            self.next_pods = time.monotonic() + self.PODS_SECONDS
+            self.next_pods = time.monotonic() + self.PODS_INTERVAL * self.interval
             self.trouble = {}
             if any(fleet.unready for fleet in fleets.values()):
                 self.find_trouble("Pending", "not-starting")

@@ -9,7 +9,7 @@ NAMESPACE ?=
 HELM_ARGS ?=
 DOCKER_HUB_USERNAME ?= armadasvc
 
-IMAGE_FILES := Dockerfile requirements.txt app.py merge.py agent.py
+IMAGE_FILES := Dockerfile requirements.txt $(filter-out test_%.py bench.py,$(wildcard *.py))
 
 ifeq ($(DISTRIB),minikube)
 export MINIKUBE_PROFILE ?= minikube
@@ -59,7 +59,7 @@ undeploy: ## Cancel the runs in flight and uninstall, volumes included
 
 status: ## Show the runs in flight: phase, jobs left, agents up
 	@$(KUBECTL) get jobs $(RUNS) -o custom-columns-file=chart/status.columns \
-		| awk 'NR == 1 || $$2 !~ /^(stopped|failed|cancelled)$$/'
+		| awk 'NR == 1 || $$2 !~ /^(stopped.*|failed|cancelled)$$/'
 
 # On minikube with images of the tree as it is; elsewhere with those of the chart's version, or TAG.
 e2e: TAG ?= $(if $(ON_MINIKUBE),$(HASH))
