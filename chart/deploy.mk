@@ -9,7 +9,7 @@ NAMESPACE ?=
 HELM_ARGS ?=
 DOCKER_HUB_USERNAME ?= armadasvc
 
-IMAGE_FILES := Dockerfile requirements.txt $(filter-out test_%.py bench.py,$(wildcard *.py))
+IMAGE_FILES := Dockerfile requirements.txt app.py settings.py merge.py registry.py broker.py fleet.py agent.py
 
 ifeq ($(DISTRIB),minikube)
 export MINIKUBE_PROFILE ?= minikube
