@@ -12,6 +12,7 @@ import hmac
 import importlib.util
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -737,6 +738,9 @@ def main() -> None:
     configure_logging(settings)
     if not settings.api_token and host not in ("127.0.0.1", "localhost", "::1"):
         say("anybody who reaches this port can run code: set API_TOKEN", logging.WARNING, host=host)
+    # Some nodes start containers with 1024 open files, which a thousand idle clients use up.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     uvicorn.run(app, host=host, port=settings.port, log_config=None, timeout_graceful_shutdown=60)
 
 
