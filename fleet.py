@@ -245,15 +245,20 @@ class LocalAgents(Agents):
         self.ending: dict[str, float] = {}  #: run id -> when SIGTERM was sent (monotonic seconds)
 
     def start(self, record: Record, job: Json) -> None:
-        """Start one process per index, with the environment that a pod would get."""
+        """Start one process per index, with the environment that a pod would get.
+
+        Called again, it goes on behind those that it has started, unless all have ended.
+        """
         if not self.known:
             return
         base = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
         [container] = job["spec"]["template"]["spec"]["containers"]
         base |= {item["name"]: item["value"] for item in container["env"] if "value" in item}
         base["RABBITMQ_URL"] = self.rabbitmq_url
-        self.processes[record.run_id] = started = []
-        for index in range(record.agents):
+        started = self.processes.setdefault(record.run_id, [])
+        if not any(process.poll() is None for process in started):
+            started.clear()
+        for index in range(len(started), record.agents):
             started.append(watched(self.command, base | {"POD_INDEX": str(index)}))
 
     def look(self, records: list[Record]) -> dict[str, Fleet]:
