@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import importlib.util
 import logging
+import math
 import os
 import resource
 import socket
@@ -204,6 +205,7 @@ class Monitor:
         self.connection: Connection | None = None
         self.mailbox: Mailbox | None = None
         self.trouble = ""
+        self.blind = -math.inf  # when a dependency was last away (monotonic seconds)
 
     def tick(self) -> None:
         """Look at every run of this process once. Trouble with a dependency is said once."""
@@ -215,6 +217,7 @@ class Monitor:
             if records:
                 self.look(records)
         except self.orchestrator.errors as error:
+            self.blind = time.monotonic()
             self.disconnect()
             if not self.trouble:
                 self.trouble = f"{type(error).__name__}: {error}"
@@ -233,12 +236,16 @@ class Monitor:
             watch.round, watch.idle = None, 0
 
     def mine(self, record: Record) -> Record | None:
-        """A run that this process is to see to; it takes over those whose owner is gone."""
+        """A run that this process is to see to; it takes over those whose owner is gone.
+
+        Not at once where Redis was away: no owner could say then that it lives.
+        """
         if record.claim in self.orchestrator.starting:
             return None
         if record.owner == self.orchestrator.id:
             return record
-        if self.registry.alive(record.owner):
+        patient = time.monotonic() - self.blind < self.registry.OWNER_SECONDS
+        if patient or self.registry.alive(record.owner):
             return None
         taken = self.registry.update(record, owner=self.orchestrator.id)
         if taken:
