@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -748,6 +749,8 @@ def main() -> None:
     # Some nodes start containers with 1024 open files, which a thousand idle clients use up.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # uvicorn raises the signal again once it has stopped, and the process would be ended by it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(app, host=host, port=settings.port, log_config=None, timeout_graceful_shutdown=60)
 
 
