@@ -8,6 +8,7 @@ import contextlib
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -73,6 +74,8 @@ def consume_message(self, job):
     time.sleep(float(job.get("seconds", 0)))
     results.hincrby(key, job["targetted_job"], 1)
     results.hset(f"by:{job['run_id']}", job["targetted_job"], agent_message["targetted_agent"])
+    if job.get("evict"):
+        os.kill(os.getppid(), 15)
 """
 
 
@@ -731,17 +734,6 @@ def test_a_run_does_every_job_once_and_its_agents_stop(orchestrator: Orchestrato
 
 
 @pytest.mark.servers
-def test_three_runs_at_once_keep_to_themselves(orchestrator: Orchestrator) -> None:
-    ids = [f"r{number}-{uuid.uuid4().hex[:6]}" for number in range(3)]
-    seconds = ("0", "1", "2")
-    for run_id, length in zip(ids, seconds, strict=True):
-        run = {"run_id": run_id, "number_of_jobs": 8}
-        assert orchestrator.post(run=run, job={"seconds": length}).status_code == 200
-    for run_id in ids:
-        assert_done(orchestrator, run_id, 8)
-
-
-@pytest.mark.servers
 def test_one_of_twenty_posts_of_one_run_id_wins(orchestrator: Orchestrator) -> None:
     run_id = new_run_id()
     with ThreadPoolExecutor(20) as pool:
@@ -752,20 +744,18 @@ def test_one_of_twenty_posts_of_one_run_id_wins(orchestrator: Orchestrator) -> N
 
 
 @pytest.mark.servers
-def test_a_run_leaves_nothing_in_rabbitmq(
-    start: Callable[..., Orchestrator], servers: Servers
-) -> None:
-    orchestrator = start(**real(servers))
-    run_id = new_run_id()
-    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
-    assert_done(orchestrator, run_id, 6)
-    with Connection(servers.url) as connection:
-        names = (f"armada.{run_id}.pidbox", f"reply.armada.{run_id}.pidbox", run_id)
-        for name in (*names, f"armada.{run_id}.events"):
-            with pytest.raises(connection.channel_errors, match="NOT_FOUND"):
-                connection.channel().exchange_declare(name, "direct", passive=True)
-        with pytest.raises(connection.channel_errors, match="NOT_FOUND"):
-            connection.channel().queue_declare(run_id, passive=True)
+def test_twenty_runs_at_once_keep_to_themselves(orchestrator: Orchestrator) -> None:
+    count = 20 if "RABBITMQ_URL" in orchestrator.environment else 3
+    ids = [new_run_id() for _ in range(count)]
+
+    def post(number: int) -> httpx.Response:
+        run = {"run_id": ids[number], "number_of_agents": 1, "number_of_jobs": 4 + number}
+        return orchestrator.post(run=run, job={"seconds": number % 3 / 4})
+
+    with ThreadPoolExecutor(count) as pool:
+        assert [answer.status_code for answer in pool.map(post, range(count))] == [200] * count
+    for number, run_id in enumerate(ids):
+        assert_done(orchestrator, run_id, 4 + number)
 
 
 # Faults
@@ -777,7 +767,7 @@ class Proxy:
     def __init__(self, server: int) -> None:
         self.server, self.port = server, free_port()
         self.listener: socket.socket | None = None
-        self.answer, self.done = False, threading.Event()
+        self.at(b"", lambda: None)
         self.open: set[socket.socket] = set()
         self.flows = threading.Event()
         self.mend()
@@ -785,13 +775,13 @@ class Proxy:
     def at(self, moment: bytes, do: Callable[[], object], answer: bool = False) -> threading.Event:
         """Call `do` when a client sends these bytes, before they are passed on, or before their
         answer is. Returns what is set afterwards."""
-        self.moment, self.do, self.answer, self.done = moment, do, answer, threading.Event()
+        self.asker: socket.socket | None = None
+        self.do, self.answer, self.done = do, answer, threading.Event()
+        self.moment = moment
         return self.done
 
     def mend(self) -> None:
         """Let everything pass."""
-        self.moment = b""
-        self.asker: socket.socket | None = None
         self.flows.set()
         if self.listener is None:
             self.listener = socket.create_server(("127.0.0.1", self.port))
@@ -818,7 +808,11 @@ class Proxy:
         with contextlib.suppress(OSError), listener:
             while True:
                 client = listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self.server))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.server))
+                except OSError:
+                    client.close()
+                    continue
                 self.open |= {client, server}
                 for ends in ((client, server), (server, client)):
                     threading.Thread(target=self.pass_on, args=[*ends], daemon=True).start()
@@ -841,13 +835,21 @@ class Proxy:
             sink.shutdown(socket.SHUT_RDWR)
 
 
-@dataclass
 class Proxied:
-    """An orchestrator with a proxy before each of its servers."""
+    """An orchestrator with a proxy before each of its servers; agents go there directly."""
 
-    orchestrator: Orchestrator
-    redis: Proxy
-    rabbitmq: Proxy
+    def __init__(
+        self, servers: Servers, start: Callable[..., Orchestrator], **environment: str
+    ) -> None:
+        self.redis, self.rabbitmq = Proxy(servers.redis_port), Proxy(servers.amqp_port)
+        direct = [f"REDIS_PORT_VAR_ENV={servers.redis_port}", f"RABBITMQ_URL={servers.url}"]
+        self.orchestrator = start(
+            REDIS_HOST="127.0.0.1",
+            REDIS_PORT=str(self.redis.port),
+            RABBITMQ_URL=servers.url.replace(str(servers.amqp_port), str(self.rabbitmq.port)),
+            AGENT_COMMAND=shlex.join(["env", *direct, sys.executable, str(HERE / "agent.py")]),
+            **{"TIMEOUT": "1", **environment},
+        )
 
     def at(
         self, step: str, run_id: str, do: str | Callable[[], object], answer: bool = False
@@ -860,6 +862,11 @@ class Proxied:
     def mend(self) -> None:
         self.redis.mend()
         self.rabbitmq.mend()
+
+
+def hear(orchestrator: Orchestrator, event: str, times: int = 1) -> None:
+    """Wait until an orchestrator has logged something so often."""
+    wait_for(f"the log to say {event}", lambda: len(orchestrator.events(event)) >= times)
 
 
 def moments(run_id: str) -> dict[str, tuple[str, bytes]]:
@@ -878,28 +885,12 @@ def moments(run_id: str) -> dict[str, tuple[str, bytes]]:
         "start agents anew": ("redis", b'"phase":"running"'),
         "drain the run": ("redis", b'"phase":"drained"'),
         "delete the queue": ("rabbitmq", b"\0\x32\0\x28" + queue),
-        "forget the run": ("redis", b"HDEL\r\n$11\r\narmada:runs\r\n"),
+        "forget the run": ("redis", b"HDEL\r\n$11\r\narmada:runs\r\n$9\r\n" + name),
     }
 
 
 START = list(moments(""))[:6]
 END = list(moments(""))[6:]
-
-
-def proxied(servers: Servers, start: Callable[..., Orchestrator], **more: str) -> Proxied:
-    """Agents go to the servers without a detour."""
-    redis_proxy, rabbitmq_proxy = Proxy(servers.redis_port), Proxy(servers.amqp_port)
-    direct = {"REDIS_PORT_VAR_ENV": str(servers.redis_port), "RABBITMQ_URL": servers.url}
-    command = ["env", *(f"{key}={value}" for key, value in direct.items())]
-    environment = {
-        "REDIS_HOST": "127.0.0.1",
-        "REDIS_PORT": str(redis_proxy.port),
-        "RABBITMQ_URL": servers.url.replace(str(servers.amqp_port), str(rabbitmq_proxy.port)),
-        "AGENT_COMMAND": shlex.join([*command, sys.executable, str(HERE / "agent.py")]),
-        "TIMEOUT": "1",
-        **more,
-    }
-    return Proxied(start(**environment), redis_proxy, rabbitmq_proxy)
 
 
 @pytest.fixture(scope="session")
@@ -911,7 +902,7 @@ def shared(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         made.start()
         return made
 
-    made = proxied(servers, start)
+    made = Proxied(servers, start)
     yield made
     made.mend()
     made.orchestrator.stop()
@@ -944,44 +935,80 @@ def test_a_start_is_whole_or_undone_when_a_server_goes_at_any_step(
 
 
 @pytest.mark.servers
-def test_a_second_post_does_not_disturb_a_start_that_goes_on(
+def test_a_run_goes_on_when_a_server_goes_at_any_step_of_its_end(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
-    orchestrator = start(**real(servers, AGENT_COMMAND=""))
-    run_id = new_run_id()
-    run = {"run_id": run_id, "number_of_jobs": 60_000}
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(orchestrator.post, run=run)
-        wait_for("the claim", lambda: orchestrator.store().hexists("armada:runs", run_id))
-        assert orchestrator.post(run={"run_id": run_id}).status_code == 409
-        assert first.result().status_code == 200
-    with Connection(servers.url) as connection:
-        found = connection.default_channel.queue_declare(run_id, passive=True)
-        assert found.message_count == 60_000
-        connection.default_channel.queue_delete(run_id)
-    wait_for("the end", lambda: ended(orchestrator, run_id))
+    proxied, run_id = Proxied(servers, start), new_run_id()
+    orchestrator = proxied.orchestrator
+    steps = [(step, answer) for step in END for answer in (False, True)]
+    gone = proxied.at(steps[0][0], run_id, "cut", steps[0][1])
+    run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
+    assert orchestrator.post(run=run, jobs_csv="evict\nonce\n").status_code == 200
+    assert orchestrator.process is not None
+    for step, following in itertools.zip_longest(steps, steps[1:]):
+        assert gone.wait(60), step
+        ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
+        assert (ready.status_code, ready.json()["failing"]) == (503, [moments("")[step[0]][0]])
+        assert len(psutil.Process(orchestrator.process.pid).children()) <= 1
+        if following:
+            gone = proxied.at(following[0], run_id, "cut", following[1])
+        proxied.mend()
+    assert_nothing_left(orchestrator, run_id)
+    assert set(orchestrator.store().hgetall(f"done:{run_id}")) == {"0", "1"}
 
 
 @pytest.mark.servers
-def test_a_broker_killed_while_jobs_are_sent_leaves_nothing_once_it_is_back(
-    start: Callable[..., Orchestrator], servers: Servers
+def test_an_orchestrator_may_be_there_before_its_servers(shared: Proxied) -> None:
+    orchestrator, run_id = shared.orchestrator, new_run_id()
+    orchestrator.stop()
+    shared.redis.cut()
+    shared.rabbitmq.cut()
+    try:
+        orchestrator.start()
+        assert httpx.get(f"{orchestrator.url}/health").status_code == 200
+        ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
+        assert (ready.status_code, ready.json()["failing"]) == (503, ["redis", "rabbitmq"])
+        assert orchestrator.post(run={"run_id": run_id}).status_code == 503
+        shared.rabbitmq.mend()
+        refused = orchestrator.post(run={"run_id": run_id})
+        assert refused.status_code == 503
+        assert refused.json()["detail"].startswith("Redis")
+    finally:
+        shared.mend()
+    assert httpx.get(f"{orchestrator.url}/health?ready", timeout=60).status_code == 200
+    assert orchestrator.post(run={"run_id": run_id}).status_code == 200
+    assert_done(orchestrator, run_id, 6)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("server", "step"), [("redis", "store the configs"), ("rabbitmq", "send the jobs")]
+)
+def test_a_server_killed_in_a_run_and_in_a_post_harms_neither(
+    start: Callable[..., Orchestrator], servers: Servers, server: str, step: str
 ) -> None:
-    orchestrator = start(**real(servers, TIMEOUT="5"))
-    run_id = new_run_id()
-    run = {"run_id": run_id, "number_of_jobs": 200_000}
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(orchestrator.post, run=run)
-        wait_for("the configs", lambda: orchestrator.store().exists(f"{run_id}1"))
-        servers.kill_rabbitmq()
-        answer = first.result()
-    assert answer.status_code == 503
-    assert "RabbitMQ" in answer.json()["detail"]
-    servers.start_rabbitmq()
-    wait_for("the undoing", lambda: ended(orchestrator, run_id))
-    assert not orchestrator.store().keys(f"{run_id}*")
-    connection = Connection(servers.url)
-    with connection, pytest.raises(connection.channel_errors, match="NOT_FOUND"):
-        connection.channel().queue_declare(run_id, passive=True)
+    proxied = Proxied(servers, start, TIMEOUT="5")
+    orchestrator, name = proxied.orchestrator, {"redis": "Redis", "rabbitmq": "RabbitMQ"}[server]
+    going, sending, late = (new_run_id() for _ in range(3))
+    run = {"run_id": going, "number_of_jobs": 20}
+    assert orchestrator.post(run=run, job={"seconds": 0.5}).status_code == 200
+    wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{going}"))
+    killed = proxied.at(step, sending, getattr(servers, f"kill_{server}"), answer=True)
+    for run_id in (sending, late):
+        refused = orchestrator.post(run={"run_id": run_id, "number_of_jobs": 20_000})
+        assert refused.status_code == 503
+        assert refused.json()["detail"].startswith(name)
+    assert killed.is_set()
+    hear(orchestrator, "monitor waits")
+    ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
+    assert (ready.status_code, ready.json()["failing"]) == (503, [server])
+    getattr(servers, f"start_{server}")()
+    assert_done(orchestrator, going, 20, exactly=False)
+    assert len(orchestrator.events("monitor waits")) == 1
+    assert httpx.get(f"{orchestrator.url}/health?ready", timeout=60).status_code == 200
+    for run_id in (sending, late):
+        assert_nothing_left(orchestrator, run_id)
+        assert not orchestrator.store().exists(f"begun:{run_id}")
 
 
 @pytest.mark.servers
@@ -1031,16 +1058,26 @@ def test_agents_are_started_anew_when_all_have_gone_with_jobs_left(
 
 
 @pytest.mark.servers
-def test_agents_that_crash_for_good_fail_the_run_with_its_jobs_kept(
+def test_agents_that_end_again_and_again_fail_the_run_with_its_jobs_kept(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
     orchestrator = start(**real(servers, MAX_RESTARTS="1", KEEP_FAILED="3"))
-    run_id = new_run_id()
-    assert orchestrator.post(run={"run_id": run_id}, script="1 / 0").status_code == 200
-    failed = wait_for("the failure", lambda: orchestrator.events("run failed"))
-    assert failed[0]["jobs_left"] == 6
-    assert failed[0]["agents_failed"] == 2
-    wait_for("the end", lambda: ended(orchestrator, run_id))
+    crashing, evicted = new_run_id(), new_run_id()
+    assert orchestrator.post(run={"run_id": crashing}, script="1 / 0").status_code == 200
+    run = {"run_id": evicted, "number_of_agents": 1}
+    assert orchestrator.post(run=run, job={"evict": True}).status_code == 200
+    for run_id, left, agents_failed in ((crashing, 6, 2), (evicted, 4, 0)):
+
+        def failed(run_id: str = run_id) -> list[dict[str, Any]]:
+            return [e for e in orchestrator.events("run failed") if e["run_id"] == run_id]
+
+        [event] = wait_for(f"the failure of {run_id}", failed)
+        assert (event["jobs_left"], event["agents_failed"]) == (left, agents_failed)
+        with Connection(servers.url) as connection:
+            kept = connection.default_channel.queue_declare(run_id, passive=True)
+        assert kept.message_count == left
+        assert_nothing_left(orchestrator, run_id)
+    assert orchestrator.store().hgetall(f"done:{evicted}") == {"0": "1", "1": "1"}
 
 
 @pytest.mark.servers
@@ -1058,45 +1095,149 @@ def test_agents_end_with_an_orchestrator_that_is_killed(
     wait_for_the_end_of(below)
 
 
+def gone(orchestrator: Orchestrator, run_id: str) -> None:
+    """Let the time be over for which the owner of a run counts as alive after its last word."""
+    store = orchestrator.store()
+    owner = json.loads(store.hget("armada:runs", run_id) or "")["owner"]
+    assert 0 < store.pttl(f"armada:owner:{owner}") <= 15_000
+    store.delete(f"armada:owner:{owner}")
+
+
 @pytest.mark.servers
-def test_a_run_goes_on_after_its_orchestrator_was_killed(
+def test_a_run_is_whole_or_undone_after_its_orchestrator_was_killed_at_any_step(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
-    first = start(**real(servers))
-    run_id = new_run_id()
-    assert first.post(run={"run_id": run_id}, job={"seconds": 1}).status_code == 200
-    wait_for("a job", lambda: first.store().hgetall(f"begun:{run_id}"))
-    assert first.process is not None
-    first.process.kill()
-    second = start(**real(servers))
-    assert_done(second, run_id, 6, exactly=False)
-    assert second.events("run taken over")
+    proxied = Proxied(servers, start)
+    orchestrator = proxied.orchestrator
+    for step in START[1:]:
+        assert orchestrator.process is not None
+        run_id, killed = new_run_id(), orchestrator.process
+        proxied.at(step, run_id, killed.kill, answer=True)
+        with pytest.raises(httpx.TransportError):
+            orchestrator.post(run={"run_id": run_id})
+        assert killed.wait(60) == -signal.SIGKILL
+        gone(orchestrator, run_id)
+        orchestrator.start()
+        if step != "commit the run":
+            assert_nothing_left(orchestrator, run_id)
+            assert orchestrator.events("run undone")[-1]["run_id"] == run_id
+            assert not orchestrator.store().exists(f"begun:{run_id}")
+    wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{run_id}"))
+    below = orchestrator.pids()
+    assert orchestrator.process is not None
+    orchestrator.process.kill()
+    wait_for_the_end_of(below)
+    gone(orchestrator, run_id)
+    orchestrator.start()
+    assert_done(orchestrator, run_id, 6, exactly=False)
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("server", ["redis", "rabbitmq"])
-def test_a_run_outlives_a_restart_of_its_servers(
-    start: Callable[..., Orchestrator], servers: Servers, server: str
+def test_a_post_is_finished_by_an_orchestrator_that_is_told_to_stop(
+    start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
-    orchestrator = start(**real(servers))
-    run_id = new_run_id()
-    run = {"run_id": run_id, "number_of_jobs": 10}
-    assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
-    wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{run_id}"))
-    getattr(servers, f"kill_{server}")()
-    wait_for("the monitor's word", lambda: orchestrator.events("monitor waits"))
-    ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
-    assert (ready.status_code, ready.json()["failing"]) == (503, [server])
-    refused = orchestrator.post()
-    assert refused.status_code == 503
-    assert {"redis": "Redis", "rabbitmq": "RabbitMQ"}[server] in refused.json()["detail"]
-    getattr(servers, f"start_{server}")()
-    wait_for("the end", lambda: ended(orchestrator, run_id), 150)
-    done = set(orchestrator.store().hgetall(f"done:{run_id}"))
-    assert len(done) == 10
-    assert len(orchestrator.events("monitor waits")) == 1
-    assert httpx.get(f"{orchestrator.url}/health?ready", timeout=60).status_code == 200
-    wait_for("an empty registry", lambda: not orchestrator.store().hlen("armada:runs"))
+    proxied, run_id = Proxied(servers, start, TIMEOUT="30"), new_run_id()
+    orchestrator, held, release = proxied.orchestrator, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        release.wait(60)
+
+    proxied.at("send the jobs", run_id, hold)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(orchestrator.post, run={"run_id": run_id})
+        assert held.wait(60)
+        assert orchestrator.post(run={"run_id": run_id}).status_code == 409
+        assert orchestrator.process is not None
+        orchestrator.process.terminate()
+        wait_for("it to take no more", lambda: not answers(orchestrator.port))
+        release.set()
+        assert first.result().status_code == 200
+    assert orchestrator.process.wait(60) == 0
+    assert orchestrator.events("orchestrator stopped")
+    orchestrator.start()
+    assert_done(orchestrator, run_id, 6)
+
+
+@pytest.mark.servers
+def test_two_orchestrators_share_redis_and_rabbitmq(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    two = [start(**real(servers, AGENT_COMMAND="", IDLE_FORGET="1")) for _ in range(2)]
+    run_id, name, left = new_run_id(), new_run_id(), new_run_id()
+    posts: list[dict[str, Any]] = [{"run_id": run_id}] * 20
+    posts += [{"run_id": name, "number_of_agents": 11}, {"run_id": f"{name}1"}] * 4
+    with ThreadPoolExecutor(len(posts)) as pool:
+        answers = list(pool.map(lambda n: two[n % 3 % 2].post(run=posts[n]), range(len(posts))))
+    statuses = [answer.status_code for answer in answers]
+    assert sorted(statuses[:20]) == [200] + [409] * 19
+    assert sorted(statuses[20:]) == [200] + [409] * 7
+    won = posts[statuses.index(200, 20)]["run_id"]
+    agents = [agent_by_hand(servers, posted, 0) for posted in (run_id, won)]
+    assert [agent.wait(60) for agent in agents] == [0, 0]
+    for posted in (run_id, won):
+        [owner] = [o for o in two if any(e["run_id"] == posted for e in o.events("run started"))]
+        assert_done(owner, posted, 6)
+    assert not any(one.events("run taken over") for one in two)
+
+    assert two[0].post(run={"run_id": left}, job={"seconds": 0.3}).status_code == 200
+    agent = agent_by_hand(servers, left, 0)
+    wait_for("a job", lambda: two[0].store().hgetall(f"begun:{left}"))
+    two[0].stop()
+    assert agent.wait(60) == 0
+    assert_done(two[1], left, 6)
+    assert two[1].events("run taken over")
+
+
+@pytest.mark.servers
+def test_a_run_changes_hands_where_its_orchestrator_stands_still_and_not_after_an_outage(
+    start: Callable[..., Orchestrator], servers: Servers
+) -> None:
+    one, two = (Proxied(servers, start) for _ in range(2))
+    orchestrator, other = one.orchestrator, two.orchestrator
+    assert orchestrator.process is not None
+    run_id, process = new_run_id(), psutil.Process(orchestrator.process.pid)
+    stopped = one.at("store the configs", run_id, process.suspend)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(orchestrator.post, run={"run_id": run_id})
+        assert stopped.wait(60)
+        assert not other.events("run taken over")
+        gone(other, run_id)
+        hear(other, "run undone")
+        process.resume()
+        assert first.result().status_code == 503
+    assert_nothing_left(other, run_id)
+
+    run = {"run_id": run_id, "number_of_agents": 1}
+    assert orchestrator.post(run=run, job={"seconds": 0.5}).status_code == 200
+    wait_for("a job", lambda: other.store().hgetall(f"begun:{run_id}"))
+    for proxied in (one, two):
+        proxied.redis.cut()
+        hear(proxied.orchestrator, "monitor waits")
+    direct = redis.Redis(port=servers.redis_port)
+    direct.delete(*direct.keys("armada:owner:*"))  # as an outage of 15 s does
+    two.mend()
+    hear(other, "monitor goes on")
+    one.mend()
+    assert_done(orchestrator, run_id, 6)
+    assert len(other.events("run taken over")) == 1
+
+
+@pytest.mark.servers
+def test_a_client_that_goes_away_leaves_no_run_or_a_whole_one(shared: Proxied) -> None:
+    orchestrator, run_id = shared.orchestrator, new_run_id()
+    files = {name: (name, value) for name, value in form(run={"run_id": run_id}).items()}
+    request = httpx.Request("POST", f"{orchestrator.url}/bot/start", files=files)
+    head = "\r\n".join(f"{key}: {value}" for key, value in request.headers.items())
+    body = f"POST /bot/start HTTP/1.1\r\n{head}\r\n\r\n".encode() + request.read()
+    with socket.create_connection(("127.0.0.1", orchestrator.port)) as client:
+        client.sendall(body[: len(body) // 2])
+    with socket.create_connection(("127.0.0.1", orchestrator.port)) as client:
+        shared.at("claim the run", run_id, client.close)
+        client.sendall(body)
+        assert_done(orchestrator, run_id, 6)
+    started = [e for e in orchestrator.events("run starting") if e["run_id"] == run_id]
+    assert len(started) == 1
 
 
 def agent_by_hand(servers: Servers, run_id: str, index: int) -> "subprocess.Popen[bytes]":
