@@ -1,28 +1,26 @@
 """What a client posts goes in; a `Run`, or every problem found, comes out.
 
 Nothing here touches anything but its arguments: no environment, no clock, no network, no file.
-Same input, same output. Messages are made while they are read, one at a time, and share with the
-default whatever they do not override.
+Same input, same output. The rows of a CSV are read and judged once; a message is made when it is
+asked for, one at a time, and shares with the default whatever it does not override.
 """
 
+import codecs
 import csv
 import io
 import json
+import math
 import re
-import sys
 import warnings
-from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import orjson
 
 type Json = dict[str, Any]
-
-# The csv module's own limit of 128 KiB a cell would refuse scripts and large JSON cells; the size
-# of a message is limited below. It is a setting of the process, so it is set once, here.
-csv.field_size_limit(sys.maxsize)
 
 PARTS = (
     "configtemplate",
@@ -36,16 +34,17 @@ MAX_PROBLEMS = 1000  # an answer lists as many; a file with more has one cause, 
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-# https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
+# https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/, those above 0
 _QUANTITY = re.compile(
-    r"\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?"
+    r"\+?(?=[0-9.]*[1-9])([0-9]+\.?[0-9]*|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?"
 )
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_BARE_JSON = re.compile(rb"(?:^|,)[ \t]*[\[{]", re.MULTILINE)
-_CELL = re.compile(r'[ \t]*("(?:[^"]|"")*"[^,\r\n]*|[^,\r\n]*)')
-_LONG_NUMBER = re.compile(r"[0-9]{17}")
-_ENV = re.compile(r"\$env_(\w+)")
-_JSON_DECODER = json.JSONDecoder()
+_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*+"|(NaN|-?Infinity)')
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BARE_RETURN = re.compile(rb"\r(?!\n)")
+# The cells of a CSV line up to the first that begins as JSON does and is not quoted.
+_UP_TO_JSON = re.compile(r'(?:[ \t]*+(?:"(?:[^"]|"")*+"[^,]*+|[^"\[{,][^,]*+)?,)*+[ \t]*+(?=[\[{])')
+_CELL_END = re.compile(r"[ \t]*(,|\r?\n?$)")
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +60,9 @@ class Problem:
 
     def as_json(self) -> Json:
         """The problem as the answer shows it, without what is not known."""
-        shown = {
-            "part": self.part,
-            "line": self.line,
-            "column": self.column,
-            "field": self.field,
-            "message": self.message,
-        }
-        return {key: value for key, value in shown.items() if value is not None}
+        names = ("part", "line", "column", "field", "message")
+        shown = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in shown.items() if value is not None}
 
 
 class Invalid(Exception):
@@ -93,8 +87,13 @@ class Limits:
     jobs: int = 1_000_000
     message: int = 8 * 2**20  #: one merged agent config or job message, as JSON
     columns: int = 1_000
-    depth: int = 64  #: of nested objects and arrays
+    depth: int = 64  #: of nested objects and arrays; 250 at most, as orjson writes 254 levels
     agents_hint: str = "ask the operator to raise MAX_AGENTS"  #: what to do about too many agents
+
+    @property
+    def text(self) -> int:
+        """Of a JSON part, or of one line of a CSV: two messages, and 1 MiB of white space."""
+        return 2 * self.message + 2**20
 
 
 def merge(default: Any, override: Any) -> Any:
@@ -107,13 +106,14 @@ def merge(default: Any, override: Any) -> Any:
         return override
     if not override:
         return default
-    merged = dict(default)
+    merged = {**default, **override}
     for key, value in override.items():
-        merged[key] = merge(default[key], value) if key in default else value
+        if type(value) is dict:  # says no in half the time that isinstance takes
+            merged[key] = merge(default.get(key), value)
     return merged
 
 
-@dataclass(slots=True)
+@dataclass
 class Messages:
     """The agent configs or the job messages of a run: a default, overridden message by message.
 
@@ -124,62 +124,43 @@ class Messages:
     default: Json
     target: str  #: the key that carries a message's own index
     count: int
-    part: str
-    data: bytes = b""  #: the CSV
+    part: str  #: the CSV
     columns: list[str] = field(default_factory=list)
-    rows: array[int] = field(default_factory=lambda: array("q"))  #: by index: offset in `data`, -1
-    appended: str = ""  #: what every `code` ends with (see `isolation`)
-    _shared: dict[str, Any] = field(default_factory=dict)
+    #: by index: the cells of the row that overrides it, with NUL between them
+    rows: list[bytes | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Json]:
-        if not self.rows:
-            for index in range(self.count):
-                yield self.make(index, {})
-            return
-        end = -1
-        rows: Iterator[tuple[int, int, int, list[str]]] = iter(())
-        for index, offset in enumerate(self.rows):
-            if offset < 0:
-                yield self.make(index, {})
-                continue
-            if offset != end:  # rows mostly come in the order of their index; else, go there
-                rows = _read_rows(self.data, offset)
-            _, _, end, cells = next(rows)
-            yield self.make(index, self.override(cells))
+        for index, row in enumerate(self.rows or [None] * self.count):
+            yield self.make(index, row.decode().split("\0") if row else ())
 
-    def make(self, index: int, override: Json) -> Json:
-        """The message number `index` with `override` merged in."""
-        message = {**merge(self.default, override), self.target: index}
-        if self.appended and message["code"] is not self.default.get("code"):
-            message["code"] += self.appended
+    def make(
+        self, index: int, cells: Iterable[str] = (), loads: Callable[[str], Any] = orjson.loads
+    ) -> Json:
+        """The message number `index`, its columns overridden by the cells that are not blank."""
+        message = self.default.copy()
+        for column, cell in zip(self.columns, cells):  # noqa: B905 - a row may be short
+            if text := cell.strip():
+                json = text[0] in "{["
+                message[column] = merge(message.get(column), _parsed(text, loads)) if json else text
+        message[self.target] = index
         return message
 
-    def override(self, cells: list[str]) -> Json:
-        """What a row overrides: its cells that are not blank, by column, JSON cells parsed."""
-        return {
-            column: _cell_value(cell)
-            for column, cell in zip(self.columns, map(str.strip, cells), strict=False)
-            if cell and column != self.target
-        }
-
     def encode(self, message: Json) -> bytes:
-        """`message` as JSON. What it shares with the default is serialised only once."""
-        if not self._shared:
-            self._shared = {
-                key: orjson.Fragment(orjson.dumps(value))
-                for key, value in self.default.items()
-                if isinstance(value, dict | list | str)
-            }
-        default, shared = self.default, self._shared
-        return orjson.dumps(
-            {
-                key: shared[key] if key in shared and value is default[key] else value
-                for key, value in message.items()
-            }
-        )
+        """`message` as JSON. Long values that it shares with the default are serialised once."""
+        if not self._long:
+            return orjson.dumps(message)
+        default = self.default
+        shared = {key: data for key, data in self._long.items() if message[key] is default[key]}
+        return orjson.dumps({**message, **shared})
+
+    @cached_property
+    def _long(self) -> dict[str, orjson.Fragment]:
+        """The default's values as JSON, where that is long enough to be worth it."""
+        dumped = {key: orjson.dumps(value) for key, value in self.default.items()}
+        return {key: orjson.Fragment(data) for key, data in dumped.items() if len(data) > 500}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,178 +225,196 @@ def parse_run(parts: Mapping[str, bytes], new_run_id: str, limits: Limits) -> Ru
     `parts` are the parts of the form by name; `new_run_id` is used where the template names none.
     Raises `Invalid` with every problem found.
     """
-    problems: list[Problem] = []
+    form = _Form(parts, replace(limits, depth=min(limits.depth, 250)))
     for name in ("configtemplate", "data_job", "data_agent"):
         if name not in parts:
-            problems.append(Problem(name, f"the part {name} is missing"))
-    template = _parse_json("configtemplate", parts.get("configtemplate"), limits, problems)
-    tune = _parse_json("configtune", parts.get("configtune") or None, limits, problems)
-    if template is not None and tune is not None:
+            form.add(name, f"the part {name} is missing")
+    template, tune = form.json("configtemplate"), form.json("configtune")
+    if template and tune:
         template = _tuned(template, tune)
-    sections = {
-        name: _section(template, name, problems)
-        for name in ("run_message", "default_agent_message", "default_job_message")
-    }
-    settings = _run_message(sections["run_message"], new_run_id, limits, problems)
-    run_id, agents, jobs = settings["run_id"], settings["agents"], settings["jobs"]
-    warned: list[str] = []
-
-    agent_default = {**sections["default_agent_message"], "run_id": run_id}
-    script = _parse_text("python_code", parts.get("python_code", b""), problems)
-    if script.strip():
-        agent_default["code"] = script
-    if template is not None and not problems:
-        _check_code(agent_default.get("code"), bool(script.strip()), problems)
-    appended = ""
-    if isinstance(agent_default.get("code"), str):
-        appended = isolation(run_id)
-        agent_default["code"] += appended
-    configs = Messages(agent_default, "targetted_agent", agents, "data_agent", appended=appended)
-    job_default = {**sections["default_job_message"], "run_id": run_id}
-    job_messages = Messages(job_default, "targetted_job", jobs, "data_job")
-    for messages in (configs, job_messages):
-        if problem := _message_problem(messages, messages.make(0, {}), limits, "configtemplate"):
-            problems.append(problem)
-        data = parts.get(messages.part, b"")
-        _read_overrides(messages, data, limits, problems, warned)
-
-    requirements = _parse_text("requirements_txt", parts.get("requirements_txt", b""), problems)
-    if problems:
-        left_out = len(problems) - MAX_PROBLEMS
-        if left_out > 0:
-            more = Problem(problems[0].part, f"and {left_out} more problems that are not listed")
-            problems = [*problems[:MAX_PROBLEMS], more]
-        raise Invalid(problems)
+    settings, agents, jobs = _run_message(form, _section(form, template, "run_message"), new_run_id)
+    run_id, ending = settings["run_id"], isolation(settings["run_id"])
+    config = _with_code(form, _section(form, template, "default_agent_message"), ending)
+    job = _section(form, template, "default_job_message") or {}
+    configs = Messages({**config, "run_id": run_id}, "targetted_agent", agents, "data_agent")
+    job_messages = Messages({**job, "run_id": run_id}, "targetted_job", jobs, "data_job")
+    for messages, name in (
+        (configs, "default_agent_message"),
+        (job_messages, "default_job_message"),
+    ):
+        if not _check_message(form, messages.make(0), "configtemplate", path=name):
+            messages.default = {}  # its rows are judged all the same
+        _read_overrides(form, messages, ending)
+    requirements = form.text("requirements_txt") or ""
+    if form.problems:
+        raise Invalid(form.problems)
     return Run(
-        run_id=run_id,
-        image_name=settings["image_name"],
-        image_version=settings["image_version"],
-        agent_cpu=settings["agent_cpu"],
-        agent_memory=settings["agent_memory"],
+        **settings,
         requirements=requirements if requirements.strip() else "",
         configs=configs,
         jobs=job_messages,
-        warnings=warned,
+        warnings=form.warnings,
     )
 
 
-# The template
+@dataclass(slots=True)
+class _Form:
+    """The parts that were posted, and what has been found wrong with them."""
 
+    parts: Mapping[str, bytes]
+    limits: Limits
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
-def _parse_text(part: str, data: bytes, problems: list[Problem]) -> str:
-    """The part as text; what is not UTF-8 or holds a NUL byte is a problem."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        problems.append(_utf16(part, data) or _not_utf8(part, error, line))
-        return ""
-    if "\0" in text:
-        line = 1 + text.count("\n", 0, text.index("\0"))
-        problems.append(Problem(part, "a NUL byte; save the file as plain text", line))
-        return ""
-    return text
+    def add(self, part: str, message: str, line: int | None = None, **more: Any) -> None:
+        """Note a `Problem`, cut short where it quotes much. Raises `Invalid` at one too many."""
+        if len(self.problems) == MAX_PROBLEMS:
+            left = Problem(part, f"there are more problems than the {MAX_PROBLEMS} listed")
+            raise Invalid([*self.problems, left])
+        if more.get("field"):
+            more["field"] = _quoted(more["field"])
+        self.problems.append(Problem(part, _quoted(message), line, **more))
 
-
-def _not_utf8(part: str, error: UnicodeDecodeError, line: int) -> Problem:
-    byte = error.object[error.start]
-    return Problem(part, f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8", line)
-
-
-def _utf16(part: str, data: bytes) -> Problem | None:
-    """The problem of a file that a spreadsheet or an editor saved as UTF-16."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return Problem(part, "the file is UTF-16; save it as UTF-8", 1)
-    return None
-
-
-def _parse_json(
-    part: str, data: bytes | None, limits: Limits, problems: list[Problem]
-) -> Json | None:
-    """The part as a JSON object, or None with the reason in `problems`."""
-    if data is None:
+    def text(self, part: str, status: int = 422) -> str | None:
+        """A part as text, "" where it was not posted; None with a problem where it is not text."""
+        data = self.parts.get(part, b"").removeprefix(codecs.BOM_UTF8)
+        try:
+            text = data.decode()
+            if "\0" not in text:
+                return text
+            at, message = data.index(b"\0"), "a NUL byte; save the file as plain text in UTF-8"
+        except UnicodeDecodeError as error:
+            at = error.start
+            message = f"byte 0x{data[at]:02x} is not UTF-8; save the file as UTF-8"
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                message = "the file is UTF-16; save it as UTF-8"
+        line, start = 1 + data.count(b"\n", 0, at), 1 + data.rfind(b"\n", 0, at)
+        self.add(part, message, line, column=1 + len(data[start:at].decode()), status=status)
         return None
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON; use null or a number")
+    def json(self, part: str) -> Json | None:
+        """A part as a JSON object; None where it was not posted, or cannot be one (a problem)."""
+        size, limit = len(self.parts.get(part, b"")), self.limits.text
+        if size > limit:
+            message = f"{size} bytes; at most {limit} are allowed (MAX_MESSAGE_BYTES)"
+            self.add(part, message, status=413)
+            return None
+        text = self.text(part, 400)
+        if text == "" and part in self.parts and part != "configtune":
+            self.add(part, "the file is empty; it must be a JSON object", status=400)
+        if not text:
+            return None
 
-    def pairs(items: list[tuple[str, Any]]) -> Json:
-        value = dict(items)
-        if len(value) < len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
-            problems.append(Problem(part, f"the key {twice!r} stands twice", field=twice))
-        return value
+        def pairs(items: list[tuple[str, Any]]) -> Json:
+            value = dict(items)
+            if len(value) < len(items):
+                for name, times in Counter(name for name, _ in items).items():
+                    if times > 1:
+                        self.add(part, f"the key {name!r} stands {times} times", field=name)
+            return value
 
-    found = len(problems)
-    text = _parse_text(part, data, problems)
-    if len(problems) > found:
-        return None
-    try:
-        value = json.loads(text, parse_constant=refuse, object_pairs_hook=pairs)
-    except json.JSONDecodeError as error:
-        message = f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        if error.msg.startswith(("Expecting property name", "Illegal trailing comma")):
-            message += "; is there a comma too many, or a quote that is not double?"
-        problems.append(Problem(part, message, error.lineno, error.colno, status=400))
-        return None
-    except ValueError as error:
-        at = re.search(r"\b(NaN|-?Infinity)\b", text)
-        line = 1 + text.count("\n", 0, at.start()) if at else None
-        problems.append(Problem(part, f"not JSON: {error}", line, status=400))
-        return None
-    except RecursionError:
-        problems.append(Problem(part, f"nested deeper than {limits.depth} levels"))
-        return None
-    if not isinstance(value, dict):
-        problems.append(Problem(part, f"must be a JSON object, not {_json_type(value)}"))
-        return None
-    if problem := _value_problem(value, limits.depth, part):
-        problems.append(problem)
-        return None
-    return value
+        try:
+            value = _loads(text, pairs)
+        except RecursionError:
+            self.add(part, f"nested deeper than {self.limits.depth} levels")
+            return None
+        except ValueError as error:
+            if not isinstance(error, json.JSONDecodeError):  # `_refuse` is not told where it is
+                at = next(match.start() for match in _CONSTANT.finditer(text) if match[1])
+                error = json.JSONDecodeError(str(error), text, at)
+            message = f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+            if error.msg.startswith(("Expecting property", "Expecting value", "Illegal")):
+                message += "; is there a comma too many, or a quote that is not double?"
+            self.add(part, message, error.lineno, column=error.colno, status=400)
+            return None
+        if not isinstance(value, dict):
+            self.add(part, f"must be a JSON object, not {_json_type(value)}")
+            return None
+        return value if _check_value(self, value, part) else None
+
+
+def _quoted(text: str) -> str:
+    return text[:400].encode(errors="backslashreplace").decode()
+
+
+# JSON
+
+
+def _loads(text: str, pairs: Callable[[list[tuple[str, Any]]], Json] | None = None) -> Any:
+    """Parse JSON strictly. Numbers that are too large stay so, for `_check_value` to find."""
+    return json.loads(
+        text,
+        object_pairs_hook=pairs,
+        parse_constant=_refuse,
+        parse_int=lambda digits: int(digits[:30]),
+    )
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON; use null or a number")
 
 
 def _json_type(value: Any) -> str:
     """What JSON calls the type of `value`."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    if isinstance(value, str):
-        return "a string"
+    names: dict[type, str] = {str: "a string", dict: "an object", list: "an array"}
+    return names.get(type(value), "a number")
+
+
+def _check_value(
+    form: _Form, value: Any, part: str, line: int | None = None, path: str = "", level: int = 0
+) -> bool:
+    """Whether a parsed value can be sent on as JSON; what cannot is noted."""
+    known, wrong = len(form.problems), ""
     if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "an array"
-    return "a number"
+        items: Iterable[tuple[Any, Any]]
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if level >= form.limits.depth:
+            wrong, items = f"nested deeper than {form.limits.depth} levels", ()
+        for key, item in items:
+            name = f"{path}.{key}" if path else str(key)
+            _check_value(form, key, part, line, name)
+            _check_value(form, item, part, line, name, level + 1)
+    elif isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            wrong = "a lone surrogate is not text"
+    elif isinstance(value, float):
+        if math.isinf(value):
+            wrong = "a number too large; write it as a string"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        wrong = "an integer of more than 64 bits; write it as a string"
+    if wrong:
+        form.add(part, wrong, line, field=path)
+    return len(form.problems) == known
 
 
-def _value_problem(
-    value: Any, depth: int, part: str, line: int | None = None, path: str = ""
-) -> Problem | None:
-    """The first thing in a parsed value that cannot be sent on as JSON, or is nested too deeply."""
-    stack: list[tuple[Any, str, int]] = [(value, path, 0)]
-    while stack:
-        value, path, level = stack.pop()
-        if isinstance(value, dict | list):
-            if level >= depth:
-                return Problem(part, f"nested deeper than {depth} levels", line, field=path[:200])
-            items: Iterable[tuple[Any, Any]] = (
-                value.items() if isinstance(value, dict) else enumerate(value)
-            )
-            for key, item in items:
-                if isinstance(key, str) and not _encodable(key):
-                    return Problem(part, "a key with a lone surrogate is not text", line)
-                stack.append((item, f"{path}.{key}".lstrip("."), level + 1))
-        elif isinstance(value, str) and not _encodable(value):
-            return Problem(part, "a lone surrogate is not text", line, field=path)
-        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-            message = "an integer of more than 64 bits; write it as a string"
-            return Problem(part, message, line, field=path)
-        elif isinstance(value, float) and value in (float("inf"), float("-inf")):
-            return Problem(part, "a number too large for JSON readers", line, field=path)
+def _check_message(
+    form: _Form, message: Json, part: str, line: int | None = None, path: str = ""
+) -> bool:
+    """Whether a merged message can be sent; if not, why is noted."""
+    if not _check_value(form, message, part, line, path):
+        return False
+    size, limit = len(orjson.dumps(message)), form.limits.message
+    if size > limit:
+        text = f"the merged message has {size} bytes; at most {limit} are allowed"
+        form.add(part, f"{text} (MAX_MESSAGE_BYTES)", line, field=path or None, status=413)
+    return size <= limit
+
+
+# The template
+
+
+def _section(form: _Form, template: Json | None, name: str) -> Json | None:
+    """One of the template's three objects; None with a problem where it is not one."""
+    if template is None:
+        return None
+    value = template.get(name)
+    if isinstance(value, dict):
+        return value
+    wrong = f"is {_json_type(value)}" if name in template else "is missing"
+    form.add("configtemplate", f"{name} {wrong}; it must be an object", field=name)
     return None
-
-
-def _encodable(text: str) -> bool:
-    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def _tuned(value: Any, tune: Json) -> Any:
@@ -424,383 +423,322 @@ def _tuned(value: Any, tune: Json) -> Any:
         return {key: _tuned(item, tune) for key, item in value.items()}
     if isinstance(value, list):
         return [_tuned(item, tune) for item in value]
-    if isinstance(value, str) and (match := _ENV.fullmatch(value)):
-        return tune.get(match[1], value)
+    if isinstance(value, str) and value.startswith("$env_"):
+        return tune.get(value.removeprefix("$env_"), value)
     return value
 
 
-def _section(template: Json | None, name: str, problems: list[Problem]) -> Json:
-    """One of the template's three objects; {} with a problem where it is not one."""
-    if template is None:
-        return {}
-    value = template.get(name)
-    if isinstance(value, dict):
-        return value
-    wrong = "is missing" if name not in template else f"is {_json_type(value)}"
-    problems.append(Problem("configtemplate", f"{name} {wrong}; it must be an object", field=name))
-    return {}
-
-
-def _run_message(values: Json, new_run_id: str, limits: Limits, problems: list[Problem]) -> Json:
-    """The settings of the run, with something usable in place of what is wrong."""
-    known: Json = {
-        "image_version": "latest",
-        "agent_cpu": "500m",
-        "agent_memory": "512Mi",
-        **values,
-        "run_id": new_run_id if values.get("run_id") is None else values["run_id"],
-    }
-    settings: Json = {}
+def _run_message(
+    form: _Form, values: Json | None, new_run_id: str
+) -> tuple[dict[str, str], int, int]:
+    """The run's settings, agents and jobs, with something usable in place of what is wrong."""
+    known: Json = {"image_version": "latest", "agent_cpu": "500m", "agent_memory": "512Mi"}
+    known |= values or {}
+    if known.get("run_id") is None:
+        known["run_id"] = new_run_id
 
     def bad(key: str, must: str) -> None:
-        if values:  # else the whole section is missing, which has been said
-            got = f"not {_shown(known[key])}" if key in known else "but is missing"
+        if values is not None:  # else that has been said
+            got = f"not {json.dumps(known[key])[:80]}" if key in known else "but is missing"
             message = f"{key} must be {must}, {got}"
-            problems.append(Problem("configtemplate", message, field=f"run_message.{key}"))
+            form.add("configtemplate", message, field=f"run_message.{key}")
 
-    def text(key: str, pattern: re.Pattern[str], must: str) -> None:
+    def text(key: str, pattern: re.Pattern[str], must: str) -> str:
         value = known.get(key)
-        right = isinstance(value, str) and pattern.fullmatch(value) is not None
-        settings[key] = value if right else "x"
-        if not right:
-            bad(key, must)
+        if isinstance(value, str) and pattern.fullmatch(value):
+            return value
+        bad(key, must)
+        return "x"
 
-    def count(key: str, name: str, limit: int, hint: str) -> None:
-        value: Any = known.get(key)
-        right = type(value) is int and value >= 1
-        settings[name] = value if right and value <= limit else 1
-        if not right:
+    def count(key: str, limit: int, hint: str) -> int:
+        value = known.get(key)
+        if type(value) is not int or value < 1:
             bad(key, "an integer from 1, without quotes")
         elif value > limit:
             bad(key, f"at most {limit} here ({hint})")
+        else:
+            return value
+        return 1
 
-    label = 'a DNS label (lower-case letters, digits and "-", at most 63 characters)'
-    text("run_id", _DNS_LABEL, label)
-    text("image_name", _DNS_LABEL, label)
-    text("image_version", _TAG, "a Docker tag in quotes")
-    for key, example in (("agent_cpu", "500m"), ("agent_memory", "512Mi")):
-        text(key, _QUANTITY, f'a Kubernetes quantity in quotes such as "{example}"')
-        if not re.search("[1-9]", re.split("[eE]", settings[key])[0]) and settings[key] != "x":
-            bad(key, "more than zero")
-    count("number_of_agents", "agents", limits.agents, limits.agents_hint)
-    count("number_of_jobs", "jobs", limits.jobs, "ask the operator to raise MAX_JOBS")
-    name = f"{settings['image_name']}-{settings['run_id']}-{settings['agents'] - 1}"
+    label = 'a DNS label in quotes (lower-case letters, digits and "-", at most 63 characters)'
+    quantity = "a Kubernetes quantity above zero, in quotes, such as"
+    settings = {
+        "run_id": text("run_id", _DNS_LABEL, label),
+        "image_name": text("image_name", _DNS_LABEL, label),
+        "image_version": text("image_version", _TAG, "a Docker tag in quotes"),
+        "agent_cpu": text("agent_cpu", _QUANTITY, f'{quantity} "500m"'),
+        "agent_memory": text("agent_memory", _QUANTITY, f'{quantity} "512Mi"'),
+    }
+    agents = count("number_of_agents", form.limits.agents, form.limits.agents_hint)
+    jobs = count("number_of_jobs", form.limits.jobs, "ask the operator to raise MAX_JOBS")
+    name = f"{settings['image_name']}-{settings['run_id']}-{agents - 1}"
     if len(name) > 63:
         message = (
             f"image_name, run_id and the last agent's index make the host name {name}, of "
             f"{len(name)} characters; Kubernetes allows 63"
         )
-        problems.append(Problem("configtemplate", message, field="run_message.run_id"))
-    return settings
+        form.add("configtemplate", message, field="run_message.run_id")
+    return settings, agents, jobs
 
 
-def _shown(value: Any) -> str:
-    """A value for an error message, shortened where it is long."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _with_code(form: _Form, config: Json | None, ending: str) -> Json:
+    """The default agent config with the script that was posted, or else its own."""
+    script = form.text("python_code")
+    if script and script.strip():
+        if _check_code(form, script, "python_code"):
+            return {**(config or {}), "code": script + ending}
+    elif script is not None and config is not None:
+        name, code = "default_agent_message.code", config.get("code")
+        if code is None:
+            form.add("python_code", f"no script: send the part python_code, or put one into {name}")
+        elif _check_code(form, code, "configtemplate", None, name):
+            return {**config, "code": code + ending}
+    return config or {}
 
 
-def _check_code(code: Any, posted: bool, problems: list[Problem]) -> None:
-    """Add a problem where the default script is missing or does not compile."""
-    name = "default_agent_message.code"
-    if code is None:
-        message = f"no script: send the part python_code, or put one into {name}"
-        problems.append(Problem("python_code", message))
-    elif posted:
-        if problem := _code_problem(code, "python_code"):
-            problems.append(problem)
-    elif problem := _code_problem(code, "configtemplate", None, name):
-        problems.append(problem)
-
-
-def _code_problem(
-    code: Any, part: str, line: int | None = None, field: str | None = None
-) -> Problem | None:
-    """Why a script cannot be executed, or None. `line` is the row it stands in, where in a CSV."""
+def _check_code(
+    form: _Form, code: Any, part: str, line: int | None = None, field: str | None = None
+) -> bool:
+    """Whether a script can be executed; if not, why is noted. `line` is its row's, in a CSV."""
     if not isinstance(code, str):
-        return Problem(part, f"code must be a string, not {_json_type(code)}", line, field=field)
+        form.add(part, f"code must be a string, not {_json_type(code)}", line, field=field)
+        return False
+    column = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(code, part, "exec", dont_inherit=True)
+        return True
     except SyntaxError as error:
-        message = f"the script does not compile: {error.msg} (line {error.lineno})"
-        if line is None and field is None:
-            return Problem(part, message, error.lineno, error.offset, field)
-        return Problem(part, message, line, field=field)
+        message = f"{error.msg} (line {error.lineno})"
+        if field is None:
+            line, column = error.lineno, error.offset
     except (RecursionError, MemoryError, ValueError, OverflowError) as error:
-        message = f"the script does not compile: {str(error) or type(error).__name__}"
-        return Problem(part, message, line, field=field)
-    return None
+        message = str(error) or type(error).__name__
+    message = f"the script does not compile: {message}"
+    form.add(part, message, line, column=column, field=field)
+    return False
 
 
 # The CSV files
 
 
-def _read_rows(data: bytes, offset: int) -> Iterator[tuple[int, int, int, list[str]]]:
-    """Rows of a CSV from `offset` on: line number, offset, offset behind it, cells.
+def _read_overrides(form: _Form, messages: Messages, ending: str) -> None:
+    """Find the row of each message, and everything that is wrong with the file."""
+    part, target, count, limits = messages.part, messages.target, messages.count, form.limits
+    if not _is_csv(form, part):
+        return
+    known, table = len(form.problems), _rows(form, part)
+    line, header = next(table, (1, []))
+    columns = messages.columns = [column.strip() for column in header]
+    if len(form.problems) > known or not _check_columns(form, part, columns, line):
+        return
+    width, careful = len(columns), _has_odd_json(form.parts[part])
+    column = columns.index(target) if target in columns else None
+    code = columns.index("code") if part == "data_agent" and "code" in columns else None
+    # A character of a cell makes at most six of JSON, and a level takes two characters: rows that
+    # are shorter need not be merged to see that their message is within the limits.
+    short = (limits.message - len(orjson.dumps([messages.make(0), columns])) - 20) // 6
+    shallow = 2 * limits.depth - 1
+    # One place more than there are messages: a file may count from 1.
+    rows: list[bytes | None] = [None] * (count + 1)
+    position = highest = -1
+    outside = 0
+    for line, cells in table:
+        if len(cells) > width:
+            message = f"{len(cells)} cells in {width} columns; quote cells with commas"
+            form.add(part, message, line)
+            continue
+        if column is None:
+            index = position = position + 1
+        else:
+            cell = cells[column] if column < len(cells) else ""
+            try:
+                index = int(cell)
+            except ValueError:
+                if any(map(str.strip, cells)):
+                    message = f"the target {cell.strip()[:80]!r} is not a whole number"
+                    form.add(part, message, line, field=target)
+                continue
+        if index > highest:
+            highest = index
+        if not 0 <= index <= count:
+            outside += 1
+            continue
+        if rows[index] is not None:
+            form.add(part, f"a second row for {target} {index}", line, field=target)
+        if code is not None and code < len(cells):
+            cells[code] = _ended_script(form, cells[code].strip(), line, ending)
+        row = "\0".join(cells)
+        rows[index] = row.encode()
+        if (
+            len(row) > short
+            or (len(row) > shallow and row.count("{") + row.count("[") >= limits.depth)
+            or (careful and ("{" in row or "[" in row))
+        ):
+            _check_row(form, messages, line, cells)
+    if column is not None and rows[0] is None and highest == count:
+        form.warnings.append(f"{part}: {target} is counted from 1 in this file, taken so")
+        messages.rows = rows[1:]
+    else:
+        outside += rows[count] is not None
+        messages.rows = rows[:count]
+    if outside:
+        what = "row targets" if outside == 1 else "rows target"
+        form.warnings.append(f"{part}: {outside} {what} no index below {count}, ignored")
 
-    Raises `csv.Error` and `UnicodeDecodeError`. Blank lines are passed over.
+
+def _is_csv(form: _Form, part: str) -> bool:
+    """Whether a part holds anything, and may be CSV; what speaks against it is noted."""
+    data, limit = form.parts.get(part, b""), form.limits.text
+    if not data or data.isspace():
+        return False
+    if 0 in data or not _is_utf8(data):
+        form.text(part)  # notes what it is and where
+        return False
+    if b"\r" in data and (bare := _BARE_RETURN.search(data)):
+        line = 1 + data.count(b"\n", 0, bare.start())
+        form.add(part, "a carriage return without line feed; end lines with LF or CRLF", line)
+        return False
+    if len(data) > limit:
+        for line, text in enumerate(io.BytesIO(data), 1):
+            if len(text) > limit:
+                message = f"{len(text)} bytes; at most {limit} are allowed (MAX_MESSAGE_BYTES)"
+                form.add(part, message, line, status=413)
+                return False
+    return True
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Looks at 1 MiB at a time: all of it as a string might take four times the memory."""
+    blocks = (data[at : at + 2**20] for at in range(0, len(data), 2**20))
+    try:
+        return all(True for _ in codecs.iterdecode(blocks, "utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def _check_columns(form: _Form, part: str, columns: list[str], line: int) -> bool:
+    """Whether the column names are right; what is wrong with them is noted."""
+    known, limit = len(form.problems), form.limits.columns
+    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
+        found = "semicolons" if ";" in columns[0] else "tabs"
+        form.add(part, f"the columns are separated by {found}; save the file with commas", line)
+    elif len(columns) > limit:
+        form.add(part, f"{len(columns)} columns; at most {limit} are allowed (MAX_COLUMNS)", line)
+    else:
+        for number, column in enumerate(columns, 1):
+            if not column:
+                form.add(part, f"column {number} has no name; name it or delete it", line)
+            elif column == "run_id":
+                form.add(part, "run_id cannot be overridden; remove it", line, field=column)
+            elif column in columns[: number - 1]:
+                form.add(part, f"the column {column!r} stands twice", line, field=column)
+    return len(form.problems) == known
+
+
+def _has_odd_json(data: bytes) -> bool:
+    """Whether JSON in a CSV may hold what cannot be sent on: large numbers, lone surrogates.
+
+    What is rare is looked for in the whole file at once, which costs its rows nothing.
     """
+    zeros = data.translate(bytes.maketrans(b"123456789E", b"000000000e"), b"+")
+    return b"0" * 19 in zeros or b"e000" in zeros or (b"\\" in zeros and b"\\u" in zeros)
+
+
+def _ended_script(form: _Form, script: str, line: int, ending: str) -> str:
+    """An agent's own script with the line that ends every script; "" where it has none."""
+    code = _parsed(script, _loads) if script.startswith(("{", "[")) else script
+    if script and _check_code(form, code, "data_agent", line, "code"):
+        return script + ending
+    return ""
+
+
+def _check_row(form: _Form, messages: Messages, line: int, cells: list[str]) -> None:
+    """Note what keeps a row's message from being sent."""
+    try:
+        _check_message(form, messages.make(0, cells, _loads), messages.part, line)
+    except RecursionError:
+        form.add(messages.part, f"nested deeper than {form.limits.depth} levels", line)
+
+
+def _rows(form: _Form, part: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV that are not blank, each with the number of its first line.
+
+    What is not CSV is noted. Cells of JSON may stand without quotes.
+    """
+    data = form.parts[part].removeprefix(codecs.BOM_UTF8)
+    bare = b",{" in data.translate(bytes.maketrans(b"[\n", b"{,"), b" \t")
     file = io.BytesIO(data)
-    file.seek(offset)
-    fresh = True
+    fresh = True  # whether the next line begins a row, or goes on within quotes
 
     def lines() -> Iterator[str]:
         nonlocal fresh
-        for line in file:
-            # Inside a quoted cell that goes on over lines, brackets are just text.
-            text = line.decode()
-            if fresh and _BARE_JSON.search(line):
-                text = _quote_json(text)
+        for line in map(bytes.decode, file):
+            text = line
+            if "{" in line or "[" in line:
+                text = _quote_json(line) if fresh else _quote_json('"' + line)[1:]
             fresh = False
             yield text
 
-    bare_json = _BARE_JSON.search(data, offset) is not None if offset == 0 else True
-    source = lines() if bare_json else map(bytes.decode, file)
+    csv.field_size_limit(form.limits.text)  # a setting of the process, the same for all
+    source = lines() if bare else map(bytes.decode, file)
     reader = csv.reader(source, strict=True, skipinitialspace=True)
-    start = offset
-    for cells in reader:
-        end = file.tell()
-        if cells:
-            yield reader.line_num, start, end, cells
-        start, fresh = end, True
+    line = 1
+    while True:
+        try:
+            for cells in reader:
+                if cells:
+                    yield line, cells
+                line, fresh = reader.line_num + 1, True
+            return
+        except csv.Error as error:
+            if "expected after" not in str(error):  # the end of the file, or of what a cell may be
+                return form.add(part, "a quote opens in this row and never closes", line)
+            message = 'text between a closing quote and a comma; inside quotes, write " as ""'
+            form.add(part, message, line)
+            line, fresh = reader.line_num + 1, True
 
 
 def _quote_json(line: str) -> str:
-    """A CSV line with cells that are bare JSON (`0,{"a": 1, "b": 2}`) quoted as CSV wants it."""
-    cells, at = [], 0
-    while True:
-        start = at + len(line[at:]) - len(line[at:].lstrip(" \t"))
-        match = _CELL.match(line, at)
-        assert match is not None  # it matches the empty string
-        cell, at = match[0], match.end()
-        if line[start : start + 1] in ("{", "["):
-            try:
-                _, end = _JSON_DECODER.raw_decode(line, start)
-            except (ValueError, RecursionError):
-                end = -1
-            rest = line[end:].lstrip(" \t\r\n")
-            if end >= 0 and (not rest or rest.startswith(",")):
-                cell = '"' + line[start:end].replace('"', '""') + '"'
-                at = len(line) - len(rest) if rest else len(line)
-        cells.append(cell)
-        if line[at : at + 1] != ",":
-            return ",".join(cells) + "\n"
-        at += 1
+    """A CSV line whose cells of bare JSON (`0,{"a": 1, "b": 2}`) are quoted as CSV wants it."""
+    done, at = "", 0
+    while bare := _UP_TO_JSON.match(line, at):
+        start, ended = bare.end(), None
+        try:
+            _, end = _DECODER.raw_decode(line, start)
+            ended = _CELL_END.match(line, end)
+        except (ValueError, RecursionError):
+            pass  # it only begins like JSON
+        if ended:
+            cell = line[start:end].replace('"', '""')
+            done += f'{line[at:start].rstrip(" \t")}"{cell}"{ended[1]}'
+            at = ended.end()
+        else:
+            after = line.find(",", start) + 1 or len(line)
+            done += line[at:after]
+            at = after
+    return done + line[at:]
 
 
-def _cell_value(cell: str) -> Any:
-    """A cell's value: parsed where it is a JSON object or array, else the string itself."""
-    if cell[0] not in "{[":
-        return cell
+def _parsed(text: str, loads: Callable[[str], Any]) -> Any:
+    """The JSON object or array that a text is, or else the text."""
     try:
-        # orjson makes floats of integers above 64 bits; json keeps them, and they are refused.
-        value = json.loads(cell) if _LONG_NUMBER.search(cell) else orjson.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    return _parse_nested(value)
-
-
-def _parse_nested(value: Any) -> Any:
-    """`value` with the strings in it that are JSON objects or arrays parsed too."""
-    if isinstance(value, dict):
-        return {key: _parse_nested(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_parse_nested(item) for item in value]
-    if isinstance(value, str) and (stripped := value.strip())[:1] in ("{", "["):
-        parsed = _cell_value(stripped)
-        return value if isinstance(parsed, str) else parsed
+        value = loads(text)
+    except ValueError:
+        return text
+    # Strings in it that look like JSON are parsed too; mostly it holds no further bracket.
+    if text.count("{") + text.count("[") > 1 or "\\" in text:
+        return _parsed_within(value, loads)
     return value
 
 
-def _read_overrides(
-    messages: Messages,
-    data: bytes,
-    limits: Limits,
-    problems: list[Problem],
-    warned: list[str],
-) -> None:
-    """Find the row of each message, and everything that is wrong with the file.
-
-    Only the offset of each row is kept; the row is read again when its message is made.
-    """
-    part = messages.part
-    start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    data = data[start:] if start else data
-    if not data.strip():
-        return
-    if problem := _encoding_problem(part, data):
-        problems.append(problem)
-        return
-    messages.data = data
-    line = 0
-    rows = _read_rows(data, 0)
-    try:
-        line, _, _, header = next(rows)
-        messages.columns = [column.strip() for column in header]
-        found = _header_problems(messages, line, limits)
-        problems += found
-        if found:
-            return
-        selected = _Selected(messages, limits, problems)
-        for line, offset, end, cells in rows:
-            selected.add(line, offset, end, cells)
-        selected.finish(line, warned)
-    except UnicodeDecodeError as error:
-        problems.append(_not_utf8(part, error, line + 1))
-    except csv.Error as error:
-        message = str(error)
-        if "unexpected end of data" in message:
-            message = "a quote opens here or below and never closes"
-        elif "expected after" in message:
-            message = 'text after a closing quote; inside a quoted cell, write " as ""'
-        problems.append(Problem(part, message, line + 1))
-
-
-def _encoding_problem(part: str, data: bytes) -> Problem | None:
-    if problem := _utf16(part, data):
-        return problem
-    if b"\0" in data:
-        line = 1 + data.count(b"\n", 0, data.index(b"\0"))
-        return Problem(part, "a NUL byte; save the file as CSV in UTF-8", line)
-    if b"\r" in data and (bare := re.search(rb"\r(?!\n)", data)):
-        line = 1 + data.count(b"\n", 0, bare.start())
-        return Problem(part, "a carriage return without line feed; end lines with LF or CRLF", line)
-    return None
-
-
-def _header_problems(messages: Messages, line: int, limits: Limits) -> list[Problem]:
-    """What is wrong with the column names."""
-    part, columns = messages.part, messages.columns
-    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
-        found = "semicolons" if ";" in columns[0] else "tabs"
-        message = f"the columns are separated by {found}; save the file with commas"
-        return [Problem(part, message, line)]
-    if len(columns) > limits.columns:
-        message = f"{len(columns)} columns; at most {limits.columns} are allowed (MAX_COLUMNS)"
-        return [Problem(part, message, line)]
-    problems = []
-    for number, column in enumerate(columns, 1):
-        if not column:
-            message = f"column {number} has no name; name it or delete it"
-            problems.append(Problem(part, message, line))
-        elif column == "run_id":
-            message = "run_id cannot be overridden; remove the column"
-            problems.append(Problem(part, message, line, field=column))
-        elif column in columns[: number - 1]:
-            message = f"the column {column!r} stands twice"
-            problems.append(Problem(part, message, line, field=column))
-    return problems
-
-
-class _Selected:
-    """Which row belongs to which message, while the rows of a CSV go by."""
-
-    def __init__(self, messages: Messages, limits: Limits, problems: list[Problem]) -> None:
-        self.messages, self.limits, self.problems = messages, limits, problems
-        columns = messages.columns
-        self.column = columns.index(messages.target) if messages.target in columns else None
-        # One place more than there are messages: a file may count from 1.
-        self.rows = array("q", [-1]) * (messages.count + 1)
-        self.number = 0
-        self.highest = -1
-        self.outside = 0
-        self.rest = 6 * len(orjson.dumps(messages.make(0, {}))) + 64 * len(columns)
-
-    def add(self, line: int, offset: int, end: int, cells: list[str]) -> None:
-        """Take one row. What is wrong with it goes to the problems."""
-        messages, column = self.messages, self.column
-        part = messages.part
-        if len(cells) > len(messages.columns):
-            message = (
-                f"{len(cells)} cells in {len(messages.columns)} columns; quote cells with commas"
-            )
-            self.problems.append(Problem(part, message, line))
-            return
-        if column is None:
-            index = self.number
-            self.number += 1
-        else:
-            target = cells[column].strip() if column < len(cells) else ""
-            if (target.isdecimal() and target.isascii() and len(target) < 19) or _INTEGER.fullmatch(
-                target
-            ):
-                index = int(target)
-            else:
-                if target or any(cell.strip() for cell in cells):
-                    message = f"the target {target[:80]!r} is not a whole number"
-                    self.problems.append(Problem(part, message, line, field=messages.target))
-                return
-        if self.suspicious(end - offset, cells):
-            problem = _message_problem(messages, self.made(line, cells), self.limits, part, line)
-            if problem:
-                self.problems.append(problem)
-        self.highest = max(self.highest, index)
-        if not 0 <= index <= messages.count:
-            self.outside += 1
-        elif self.rows[index] >= 0:
-            message = f"a second row for {messages.target} {index}"
-            self.problems.append(Problem(part, message, line, field=messages.target))
-        else:
-            self.rows[index] = offset
-
-    def suspicious(self, size: int, cells: list[str]) -> bool:
-        """Whether the message must be made to see if it is within the limits.
-
-        A cell's JSON is at most six times as long as the cell (a control character becomes
-        `\\u0000`), and as deep as it has opening brackets.
-        """
-        if 6 * size + self.rest > self.limits.message:
-            return True
-        if "code" in self.messages.columns and self.messages.appended:
-            return True
-        for cell in cells:
-            if cell[:1] in ("{", "["):
-                if cell.count("{") + cell.count("[") >= self.limits.depth:
-                    return True
-                if _LONG_NUMBER.search(cell) or "\\u" in cell:
-                    return True
-        return False
-
-    def made(self, line: int, cells: list[str]) -> Json:
-        """The row's message; a `code` that is no string or does not compile is a problem."""
-        messages = self.messages
-        override = messages.override(cells)
-        code = override.get("code")
-        if messages.appended and code is not None:
-            problem = _code_problem(code, messages.part, line, "code")
-            if problem:
-                self.problems.append(problem)
-                override = {key: value for key, value in override.items() if key != "code"}
-        return messages.make(0, override)
-
-    def finish(self, line: int, warned: list[str]) -> None:
-        """Settle from where the file counts, and say what it holds in vain."""
-        messages = self.messages
-        count, part = messages.count, messages.part
-        if self.column is not None and self.rows[0] < 0 and self.highest == count:
-            del self.rows[0]
-            warned.append(f"{part}: {messages.target} is counted from 1 in this file, taken so")
-        else:
-            self.outside += self.rows.pop() >= 0
-        if self.outside:
-            what = "row targets" if self.outside == 1 else "rows target"
-            warned.append(f"{part}: {self.outside} {what} no index below {count}, ignored")
-        messages.rows = self.rows
-
-
-def _message_problem(
-    messages: Messages, message: Json, limits: Limits, part: str, line: int | None = None
-) -> Problem | None:
-    """Why a merged message cannot be sent, or None."""
-    if problem := _value_problem(message, limits.depth, part, line):
-        return problem
-    size = len(orjson.dumps(message))
-    if size > limits.message:
-        text = (
-            f"the merged message has {size} bytes; at most {limits.message} are allowed "
-            "(MAX_MESSAGE_BYTES)"
-        )
-        return Problem(part, text, line, field=messages.target, status=413)
-    return None
+def _parsed_within(value: Any, loads: Callable[[str], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _parsed_within(item, loads) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_parsed_within(item, loads) for item in value]
+    if isinstance(value, str) and (stripped := value.strip()).startswith(("{", "[")):
+        parsed = _parsed(stripped, loads)
+        return value if isinstance(parsed, str) else parsed
+    return value
