@@ -1218,17 +1218,20 @@ END = list(moments(""))[6:]
 
 @pytest.fixture(scope="session")
 def shared(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
-    """One that many tests in a row use."""
+    """One that many tests use. Its Redis is its own, lest it take over the runs of others."""
+    folder = tmp_path_factory.mktemp("shared")
+    own = replace(servers, folder=folder, redis_port=free_port())
+    own.start_redis()
 
     def start(**environment: str) -> Orchestrator:
-        made = Orchestrator(environment, tmp_path_factory.mktemp("shared") / "log")
+        made = Orchestrator(environment, folder / "log")
         made.start()
         return made
 
-    made = Proxied(servers, start)
+    made = Proxied(own, start)
     yield made
-    made.mend()
     made.orchestrator.stop()
+    own.kill_redis()
 
 
 @pytest.mark.servers
@@ -1317,15 +1320,17 @@ def test_a_server_killed_in_a_run_and_in_a_post_harms_neither(
     assert orchestrator.post(run=run, job={"seconds": 0.5}).status_code == 200
     wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{going}"))
     killed = proxied.at(step, sending, getattr(servers, f"kill_{server}"), answer=True)
-    for run_id in (sending, late):
-        refused = orchestrator.post(run={"run_id": run_id, "number_of_jobs": 20_000})
-        assert refused.status_code == 503
-        assert refused.json()["detail"].startswith(name)
-    assert killed.is_set()
-    hear(orchestrator, "monitor waits")
-    ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
-    assert (ready.status_code, ready.json()["failing"]) == (503, [server])
-    getattr(servers, f"start_{server}")()
+    try:
+        for run_id in (sending, late):
+            refused = orchestrator.post(run={"run_id": run_id, "number_of_jobs": 20_000})
+            assert refused.status_code == 503
+            assert refused.json()["detail"].startswith(name)
+        assert killed.is_set()
+        hear(orchestrator, "monitor waits")
+        ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
+        assert (ready.status_code, ready.json()["failing"]) == (503, [server])
+    finally:
+        getattr(servers, f"start_{server}")()
     assert_done(orchestrator, going, 20, exactly=False)
     assert len(orchestrator.events("monitor waits")) == 1
     assert httpx.get(f"{orchestrator.url}/health?ready", timeout=60).status_code == 200
@@ -1524,10 +1529,12 @@ def test_a_run_changes_hands_where_its_orchestrator_stands_still_and_not_after_a
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(orchestrator.post, run={"run_id": run_id})
         assert stopped.wait(60)
-        assert not other.events("run taken over")
-        gone(other, run_id)
-        hear(other, "run undone")
-        process.resume()
+        try:
+            assert not other.events("run taken over")
+            gone(other, run_id)
+            hear(other, "run undone")
+        finally:
+            process.resume()
         assert first.result().status_code == 503
     assert_nothing_left(other, run_id)
 
