@@ -556,23 +556,26 @@ async def read_parts(
 def dry_run(orchestrator: Orchestrator, run: Run) -> Json:
     """What a run would be, without anything being touched: its configs (16 MiB of them at most),
     its first ten job messages and its Kubernetes Job."""
-    shown: list[orjson.Fragment] = []
+    shown: list[Json] = []
     size = 0
     for config in run.configs:
-        data = run.configs.encode(config)
-        size += len(data)
+        size += len(run.configs.encode(config))
         if shown and size > 16 * MIB:
             break
-        shown.append(orjson.Fragment(data))
+        shown.append(config)
     jobs = [job for job, _ in zip(run.jobs, range(10), strict=False)]
     job = manifest(run, "", orchestrator.settings)
     return {"dry_run": True, "agent_configs": shown, "job_messages": jobs, "kubernetes_job": job}
 
 
 def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer, which no browser may guess at and nobody may keep."""
+    """A JSON answer, which no browser may guess at and nobody may keep.
+
+    What people read is indented: errors and dry runs.
+    """
     safe = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-    body = orjson.dumps(content)
+    indent = status != 200 or "dry_run" in content
+    body = orjson.dumps(content, option=orjson.OPT_INDENT_2 if indent else None)
     return Response(body, status, safe | dict(headers or {}), media_type="application/json")
 
 

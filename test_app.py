@@ -7,6 +7,7 @@ import base64
 import contextlib
 import copy
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -1636,6 +1637,90 @@ def test_parts_may_be_files_or_plain_fields(start: Callable[..., Orchestrator]) 
         answer == orchestrator.post(dry_run=True, run={"run_id": "same"}, jobs_csv="v\nx\n").json()
     )
     assert answer["job_messages"][0]["v"] == "x"
+
+
+# The README
+
+
+README = (HERE / "README.md").read_text()
+
+
+def test_the_readmes_table_holds_every_setting_with_its_default() -> None:
+    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \| .* \|$", README, re.MULTILINE)
+    told: dict[str, str] = {}
+    for names, defaults in rows:
+        listed = re.findall("`([A-Z_]+)`", names)
+        values = defaults.split(", ") if len(listed) > 1 else [defaults]
+        told |= dict(zip(listed, values * len(listed) if len(values) == 1 else values, strict=True))
+    known = [known for known in dataclasses.fields(Settings) if known.name != "pod_template"]
+    assert set(told) == {known.name.upper() for known in known}
+    for setting in known:
+        if isinstance(setting.default, int):
+            assert told[setting.name.upper()] == str(setting.default)
+
+
+def test_what_the_readme_links_to_and_makes_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+?)\)", README):
+        assert (HERE / target).exists(), target
+    for target in set(re.findall(r"`make ([a-z0-9-]+)", README)):
+        subprocess.run(["make", "-n", target], cwd=HERE, check=True, capture_output=True)
+
+
+def in_bash(command: str, orchestrator: Orchestrator, folder: Path) -> str:
+    """What a command of the README prints, with another port."""
+    text = command.replace("curl", "curl -sS").replace("http://localhost:8080", orchestrator.url)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text], cwd=folder, check=True, capture_output=True
+    )
+    return done.stdout.decode()
+
+
+@pytest.mark.servers
+def test_the_readmes_curl_and_the_run_that_it_teaches_do_what_it_says(
+    start: Callable[..., Orchestrator], tmp_path: Path
+) -> None:
+    orchestrator = start()
+    example, mine = re.findall(r"```bash\n(curl.*?)```", README, re.DOTALL)
+    posted = json.loads(in_bash(example, orchestrator, HERE))
+    shown = re.search(r"The answer is `(.*?)`", README)
+    assert shown
+    assert posted | {"run_uuid": "..."} == json.loads(shown[1])
+    assert_done_by_example(orchestrator, posted)
+
+    (tmp_path / "my").mkdir()
+    for name, content in re.findall(r"`my/(\S+)`.*?```\w+\n(.*?)```", README, re.DOTALL):
+        (tmp_path / "my" / name).write_text(content)
+    dry, real = re.findall("curl.*?script.py", mine, re.DOTALL)
+    merged = json.loads(in_bash(dry, orchestrator, tmp_path))
+    language, job = re.findall(r"(?:language|last job is)\s`(\{.*?\})`[,.]", README)
+    assert merged["agent_configs"][1]["language"] == json.loads(language)
+    assert merged["job_messages"][3] | {"run_id": "..."} == json.loads(job)
+    run_id = json.loads(in_bash(real, orchestrator, tmp_path))["run_uuid"]
+    wait_for("the end", lambda: ended(orchestrator, run_id))
+    said: dict[str, str] = orchestrator.store().hgetall(f"greetings:{run_id}")  # type: ignore[assignment]  # decoded
+    assert {job: text.split()[1] for job, text in said.items()} == {
+        "0": "world!", "1": "Ada!", "2": "world!", "3": "Grace!"
+    }  # fmt: skip
+    assert said["1"].split().count("Ada!") == 2
+
+
+def assert_done_by_example(orchestrator: Orchestrator, posted: Json) -> None:
+    wait_for("the end", lambda: ended(orchestrator, posted["run_uuid"]))
+    assert orchestrator.store().hlen(f"example:{posted['run_uuid']}") == posted["jobs"]
+
+
+@pytest.mark.servers
+def test_the_demo_ends_as_the_readme_shows() -> None:
+    done = subprocess.run(
+        [sys.executable, "example/demo.py"], cwd=HERE, check=True, capture_output=True, timeout=170
+    )
+    shown = re.search(r"It ends like this:\n\n```\n(.*?)```", README, re.DOTALL)
+    assert shown
+    told, said = shown[1].splitlines(), done.stdout.decode().splitlines()
+    assert said[-1] == told[-1] == "All jobs ran and all agents stopped."
+    assert [line.split() for line in said if line.startswith("job ")] == [told[2].split()]
+    assert re.fullmatch(r"24/24 jobs done, 0 left, \d agents, \d+ s", told[0])
+    assert any(re.fullmatch(r"24/24 jobs done, 0 left, \d agents, \d+ s", line) for line in said)
 
 
 # Kubernetes
