@@ -30,7 +30,7 @@ demo: $(VENV)/ready ## Run the example from start to end on this machine and sho
 	@$(PY) example/demo.py
 
 run: $(VENV)/ready ## Serve on http://localhost:8080 until interrupted
-	@$(PY) app.py
+	@HOST=$${HOST:-127.0.0.1} $(PY) app.py
 
 start: $(VENV)/ready ## Post the example to URL (default http://localhost:8080), with TOKEN if set
 	@printf '{"URL": "%s"}' "$(TARGET_URL)" | curl -sS -X POST "$(URL)/bot/start" \

@@ -77,13 +77,21 @@ def results(store: "redis.Redis", run_id: str) -> list[dict[str, Any]]:
     return found
 
 
+def verdict(complete: bool) -> int:
+    """Say how a run ended. Returns the exit code."""
+    print("All jobs ran and all agents stopped." if complete else "The run is not complete.")
+    return 0 if complete else 1
+
+
 def follow(url: str) -> int:
     """Show an orchestrator's answer and, where possible, the run's progress and results."""
     text = sys.stdin.read()
     try:
         answer = json.loads(text)
     except ValueError:
-        print(text or f"{url} did not answer; does `make run` serve there?")
+        print(
+            text or f"{url} did not answer; does `make run` serve there? Else: make start URL=..."
+        )
         return 1
     if "run_uuid" not in answer:
         print(f"Refused: {answer.get('detail')}")
@@ -104,14 +112,18 @@ def follow(url: str) -> int:
         redis.Redis(host, port, socket_connect_timeout=2, socket_timeout=5),
         time.monotonic(),
     )
+    shown = -1
     try:
         while store.hexists("armada:runs", run_id):
-            show(int(store.hlen(f"example:{run_id}")), jobs, agents, begun)
+            done = int(store.hlen(f"example:{run_id}"))
+            if done != shown or sys.stdout.isatty():
+                show(done, jobs, agents, begun)
+            shown = done
             time.sleep(0.5)
     except redis.RedisError:
         print("It runs in a cluster: `make status` shows its progress.")
         return 0
-    return 0 if len(results(store, run_id)) == jobs else 1
+    return verdict(len(results(store, run_id)) == jobs)
 
 
 def main() -> int:
@@ -152,9 +164,7 @@ def main() -> int:
     finally:
         process.terminate()
         process.communicate()
-    complete = bool(run) and len(done) == run["jobs"] and failed == 0
-    print("All jobs ran and all agents stopped." if complete else "The run is not complete.")
-    return 0 if complete else 1
+    return verdict(bool(run) and len(done) == run["jobs"] and failed == 0)
 
 
 if __name__ == "__main__":
