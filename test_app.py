@@ -15,10 +15,12 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -43,7 +45,7 @@ import redis
 import yaml
 from celery import Celery
 from celery.utils.saferepr import saferepr
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kombu import Connection
@@ -849,7 +851,8 @@ BAD = [
 
 
 def bad_form(parts: dict[str, Any]) -> dict[str, bytes]:
-    made = form(**{name: part for name, part in parts.items() if name not in merge.PARTS})
+    known = {name: part for name, part in parts.items() if name not in merge.PARTS}
+    made = form(**known | {"run": {"run_id": "bad", **parts.get("run", {})}})
     for name in parts.keys() & set(merge.PARTS):
         part = parts[name]
         made[name] = part.encode() if isinstance(part, str) else part
@@ -914,6 +917,335 @@ def test_what_a_problem_quotes_is_cut_short() -> None:
     long = "é" * 50_000
     for parts in ({"run": {"run_id": long}}, {"data_job": f"{long},{long}\n"}):
         assert len(orjson.dumps([p.as_json() for p in refused(parts).problems])) < 3000
+
+
+# Hostile clients
+
+
+@pytest.fixture(scope="module")
+def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orchestrator]:
+    """An orchestrator with small limits, a folder for what is temporary, and agents that sleep."""
+    folder = tmp_path_factory.mktemp("besieged")
+    (folder / "tmp").mkdir()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
+    limits = {"MAX_UPLOAD_BYTES": "1500000", "MAX_SCRIPT_BYTES": "200000", **SMALL_SETTINGS}
+    made = Orchestrator(
+        {"TMPDIR": str(folder / "tmp"), "AGENT_COMMAND": "sleep 1000", **limits}, folder / "log"
+    )
+    made.start()
+    # The first run makes the monitor open its mailbox, which stays in Redis from then on.
+    assert made.post().status_code == 200
+    wait_for("the monitor", lambda: made.events("run progress"))
+    yield made
+    below = made.pids()
+    made.stop()
+    wait_for_the_end_of(below)
+    assert "Traceback" not in made.log.read_text()
+
+
+def traces(orchestrator: Orchestrator) -> dict[str, Any]:
+    """What a start touches: Redis, the queues (which are in its second database), processes."""
+    assert orchestrator.process is not None
+    children = psutil.Process(orchestrator.process.pid).children()
+    found: dict[str, Any] = {"processes": sorted(child.pid for child in children)}
+    address = orchestrator.store().connection_pool.connection_kwargs
+    for number, kind in enumerate(("", "queue ")):
+        store = redis.Redis(address["host"], address["port"], db=number)
+        names = [os.fsdecode(name) for name in store.scan_iter()]
+        pipe = store.pipeline()
+        for name in names:
+            pipe.dump(name)
+        found |= {kind + name: dump for name, dump in zip(names, pipe.execute(), strict=True)}
+    return {name: seen for name, seen in found.items() if not name.startswith("armada:owner:")}
+
+
+FORM = b"multipart/form-data; boundary="
+START, DRY = b"POST /bot/start", b"POST /bot/start?dry_run=true"
+
+
+def multipart(parts: dict[str, bytes]) -> bytes:
+    """The body of a form, every other part as a plain field."""
+    body = b""
+    for number, (name, data) in enumerate(parts.items()):
+        file = f'; filename="{name}"' if number % 2 else ""
+        head = f'--frontier\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'
+        body += head.encode() + data + b"\r\n"
+    return body + b"--frontier--\r\n"
+
+
+def request(
+    body: bytes,
+    *,
+    kind: bytes | None = FORM + b"frontier",
+    line: bytes = START,
+    length: int | None = None,
+) -> bytes:
+    """A whole request as it goes over the wire."""
+    head = line + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    head += b"" if kind is None else b"content-type: " + kind + b"\r\n"
+    return head + b"content-length: %d\r\n\r\n" % (len(body) if length is None else length) + body
+
+
+def connected(orchestrator: Orchestrator) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", orchestrator.port), timeout=60)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def answer_to(client: socket.socket) -> tuple[int, bytes]:
+    """The answer that comes, its status and body; 0 where the connection is closed without one."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := client.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return (int(head.split()[1]) if head else 0), body
+
+
+def exchange(orchestrator: Orchestrator, data: bytes, close: bool = False) -> tuple[int, bytes]:
+    """Send all at once; `close` tells the server that no more comes."""
+    with connected(orchestrator) as client:
+        with contextlib.suppress(ConnectionError):  # it may answer before all has been sent
+            client.sendall(data)
+            if close:
+                client.shutdown(socket.SHUT_WR)
+        return answer_to(client)
+
+
+def serves(orchestrator: Orchestrator) -> bool:
+    return exchange(orchestrator, request(multipart(form()), line=DRY))[0] == 200
+
+
+@pytest.mark.servers
+def test_bad_input_is_answered_with_all_that_was_found_and_touches_nothing(
+    besieged: Orchestrator,
+) -> None:
+    before = traces(besieged)
+    for case in BAD:
+        status, parts = case.values[0], case.values[3]
+        got, body = exchange(besieged, request(multipart(bad_form(parts))))
+        answer, found = json.loads(body), [p.as_json() for p in refused(parts).problems]
+        assert (got, answer["errors"]) == (status, found), case.id
+        assert answer["detail"].startswith(found[0]["message"])
+    assert traces(besieged) == before
+
+
+GOOD, LARGE = multipart(form()), multipart(form(requirements_txt=b"#" * 65537))
+WRONG: list[tuple[str, int, str, bytes]] = [
+    ("JSON", 400, "multipart/form-data", request(b"{}", kind=b"application/json")),
+    ("no content type", 400, "must be multipart", request(GOOD, kind=None)),
+    ("no boundary", 400, "with a boundary", request(GOOD, kind=b"multipart/form-data")),
+    ("another boundary", 400, "", request(GOOD, kind=FORM + b"other")),
+    ("a long boundary", 400, "", request(GOOD, kind=FORM + b"x" * 999)),
+    ("odd bytes as boundary", 400, "", request(GOOD, kind=FORM + b'"\xe9"')),
+    ("an empty body", 400, "closing boundary", request(b"")),
+    ("a body that ends early", 400, "closing boundary", request(GOOD[:-20])),
+    ("no parts", 422, "configtemplate is missing", request(b"--frontier--\r\n")),
+    ("a part twice", 422, "stands twice", request(GOOD.replace(b"data_job", b"data_agent"))),
+    ("a part without name", 422, "", request(GOOD.replace(b'; name="data_job"', b""))),
+    ("a name of 1 MB", 400, "", request(multipart({"x" * 10**6: b""}))),
+    ("a part of 99 headers", 400, "", request(GOOD.replace(b"\r\n\r\n", b"\r\nx: y" * 99))),
+    ("a large upload", 413, "MAX_UPLOAD_BYTES", request(multipart({"x": b"a" * 1_600_000}))),
+    ("a large script", 413, "MAX_SCRIPT_BYTES", request(multipart(form(script="#" * 200_001)))),
+    ("large requirements", 413, "MAX_REQUIREMENTS_BYTES", request(LARGE)),
+    (
+        "a dry run of maybe",
+        422,
+        "not 'maybe'",
+        request(GOOD, line=b"POST /bot/start?dry_run=maybe"),
+    ),
+    ("a dry run of nothing", 422, "true or false", request(GOOD, line=b"POST /bot/start?dry_run=")),
+    ("another method", 405, "", request(GOOD, line=b"PUT /bot/start")),
+    ("another path", 404, "", request(GOOD, line=b"POST /bot")),
+]
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("status", "words", "data"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG]
+)
+def test_a_wrong_request_is_answered_in_json_and_touches_nothing(
+    besieged: Orchestrator, status: int, words: str, data: bytes
+) -> None:
+    before = traces(besieged)
+    got, body = exchange(besieged, data)
+    assert got == status, body
+    assert words in json.loads(body)["detail"]
+    assert traces(besieged) == before
+
+
+odd = (
+    values | st.floats() | st.sampled_from([0, 10**30, "\ud800", "$env_A", {"\udfff": 1}, "x" * 64])
+)
+snippets = st.lists(
+    st.sampled_from([*'",\n{[]}:a0\\é', "\r\n", '""', T, "code", "{}", "\ufeff", "\0", "1e999"])
+).map("".join)
+garbage = snippets.map(str.encode) | st.binary(max_size=50)
+FAULTS = ["run", "message", "message", "configtune", "python_code", "garbage", "garbage", "missing"]
+
+
+@st.composite
+def posts(draw: st.DrawFn) -> tuple[dict[str, bytes], bool]:
+    """A form with three faults at most, and whether it is a dry run."""
+    run: dict[str, Any] = {"image_name": "agent", "number_of_agents": 1, "number_of_jobs": 3}
+    named = draw(st.sampled_from([{}, {}, {"run_id": "same"}, {"run_id": "same1"}]))
+    template = {
+        "run_message": run | named,
+        "default_agent_message": draw(objects),
+        "default_job_message": draw(objects),
+    }
+    parts = {
+        "data_job": written(draw(tables())[2]).encode(),
+        "data_agent": written(draw(tables())[2]).encode(),
+        "python_code": "é = 1 # \u2028".encode(),
+        "requirements_txt": b"six",
+    }
+    fewest = draw(st.sampled_from([0, 1, 1]))
+    faults = draw(st.lists(st.sampled_from(FAULTS), min_size=fewest, max_size=3))
+    for fault in faults:
+        if fault in ("run", "message"):
+            section: Any = template[draw(st.sampled_from(list(template)[fault == "message" :]))]
+            section[draw(st.sampled_from([*run, "run_id", "agent_cpu", "code"]))] = draw(odd)
+        elif fault == "configtune":
+            parts[fault] = json.dumps({"A": draw(odd)}).encode()
+        elif fault == "python_code":
+            parts[fault] = draw(st.sampled_from([b"\f", b"x = [1", b"\xff", b"if x:\n\tx\n  x"]))
+    parts["configtemplate"] = json.dumps(template).encode()
+    for fault in faults:
+        if fault == "garbage":
+            parts[draw(st.sampled_from(merge.PARTS))] = draw(garbage)
+        elif fault == "missing":
+            parts.pop(draw(st.sampled_from(merge.PARTS)), None)
+    return parts, draw(st.booleans())
+
+
+@pytest.mark.servers
+@given(posts())
+@hypothesis_settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+def test_any_form_is_answered_with_2xx_or_4xx_and_what_is_refused_touches_nothing(
+    besieged: Orchestrator, post: tuple[dict[str, bytes], bool]
+) -> None:
+    parts, dry = post
+    before = traces(besieged)
+    status, body = exchange(besieged, request(multipart(parts), line=DRY if dry else START))
+    answer = json.loads(body)
+    assert status in (200, 400, 409, 413, 422), answer
+    if status == 200 and not dry:
+        run_id = answer["run_uuid"]
+        assert traces(besieged).keys() - before.keys() >= {f"{run_id}0", f"queue {run_id}"}
+        return
+    assert traces(besieged) == before
+    assert status == 200 or answer["detail"]
+    for problem in answer.get("errors", []):
+        assert problem["part"] in merge.PARTS and problem["message"]
+
+
+TOKENS = [
+    *(b"--frontier", b"--frontier--", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"--", b"\0", b'"', b"{"),
+    *(b"; name=", b"; filename*=utf-8''%ff", b"content-disposition: ", b"\xff", b"1", b","),
+    *(b"content-length: 9\r\n", b"content-transfer-encoding: base64\r\n", b'name="data_job"'),
+]
+
+
+def mutated(chance: random.Random, body: bytes) -> bytes:
+    """A body with some bytes changed, dropped, doubled, moved or put in."""
+    for _ in range(chance.randint(1, 6)):
+        at = chance.randrange(len(body) + 1)
+        end = min(len(body), at + chance.choice([0, 1, 1, 2, 10, 200]))
+        piece = body[at:end]
+        flipped = bytes(byte ^ 1 << chance.randrange(8) for byte in piece)
+        put_in = [chance.choice(TOKENS), chance.randbytes(chance.randint(1, 8))]
+        new = chance.choice([b"", piece + piece, piece[::-1], flipped, *put_in])
+        body = body[:at] + new + body[end:]
+    return body[: chance.randrange(len(body) + 1)] if chance.random() < 0.1 else body
+
+
+@pytest.mark.servers
+def test_mutated_bodies_break_nothing_and_leave_neither_memory_nor_files(
+    besieged: Orchestrator,
+) -> None:
+    assert besieged.process is not None
+    process, tmp = psutil.Process(besieged.process.pid), besieged.environment["TMPDIR"]
+    chance, before, seen = random.Random(20), traces(besieged), Counter[int]()
+    folders = os.listdir(tmp)
+    body = multipart(form(jobs_csv=f'{T},u\n1,"{{""a"": 1}}"\n', requirements_txt=b"six"))
+    kinds = [FORM + b"frontier"] * 9 + [FORM + b'"', b"\xff", FORM[:-1] + b"*=utf-8''%ff"]
+    for number in range(400):
+        if number == 100:  # what is made once has been made
+            files, memory = process.num_fds(), process.memory_info().rss
+        data = request(mutated(chance, body), kind=chance.choice(kinds), line=DRY)
+        seen[exchange(besieged, data)[0]] += 1
+    assert set(seen) <= {200, 400, 413, 422}, seen
+    assert min(seen[200], seen[400], seen[422]) > 10, seen
+    assert process.memory_info().rss - memory < 20 * 2**20
+    wait_for("all connections to be closed", lambda: process.num_fds() <= files + 2)
+    assert os.listdir(tmp) == folders
+    assert traces(besieged) == before
+
+
+@pytest.mark.servers
+def test_a_body_that_comes_byte_by_byte_is_taken_while_others_are_served(
+    besieged: Orchestrator,
+) -> None:
+    data = request(multipart(form(script="pass")), line=DRY)
+    with connected(besieged) as slow:
+        for number, byte in enumerate(data):
+            slow.send(bytes([byte]))
+            if number % 200 == 0:
+                assert serves(besieged)
+        assert answer_to(slow)[0] == 200
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("missing", [1, 1000, 10**9, -16, -200])
+def test_a_content_length_that_lies_starts_nothing(besieged: Orchestrator, missing: int) -> None:
+    before = traces(besieged)
+    lie = request(GOOD, length=len(GOOD) + missing)
+    assert exchange(besieged, lie, close=True)[0] in (0, 400, 413)
+    assert serves(besieged)
+    assert traces(besieged) == before
+
+
+@pytest.mark.servers
+def test_clients_that_leave_half_way_are_forgotten(besieged: Orchestrator) -> None:
+    assert besieged.process is not None
+    process, before, whole = psutil.Process(besieged.process.pid), traces(besieged), request(GOOD)
+    files = process.num_fds()
+    for number in range(100):
+        with connected(besieged) as client:
+            client.sendall(whole[: len(whole) * number // 100])
+            if number % 2:  # leave with a reset rather than an end
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert serves(besieged)
+    wait_for("all connections to be closed", lambda: process.num_fds() <= files + 2)
+    assert traces(besieged) == before
+
+
+@pytest.mark.servers
+def test_a_thousand_parts_are_passed_over(besieged: Orchestrator) -> None:
+    many = {f"x{number}": b"y" * 100 for number in range(1000)}
+    status, body = exchange(besieged, request(multipart({**many, **form()}), line=DRY))
+    assert status == 200, body
+    assert exchange(besieged, request(multipart(many), line=DRY))[0] == 422
+
+
+@pytest.mark.servers
+def test_a_thousand_idle_connections_keep_nobody_out(besieged: Orchestrator) -> None:
+    starts = [b"", b"POST /bot", request(b"")[:60], request(GOOD)[:-1]]
+    before = traces(besieged)
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            stack.enter_context(connected(besieged)).sendall(starts[number % 4])
+        assert serves(besieged)
+        assert httpx.get(f"{besieged.url}/health?ready", timeout=60).status_code == 200
+    assert serves(besieged)
+    assert traces(besieged) == before
 
 
 # The answer
