@@ -373,9 +373,9 @@ def _check_value(
         if level >= form.limits.depth:
             wrong, items = f"nested deeper than {form.limits.depth} levels", ()
         for key, item in items:
-            name = f"{path}.{key}" if path else str(key)
-            _check_value(form, key, part, line, name)
-            _check_value(form, item, part, line, name, level + 1)
+            where = f"{path}.{key}" if path else str(key)
+            _check_value(form, key, part, line, where)
+            _check_value(form, item, part, line, where[:300], level + 1)  # a key may be very long
     elif isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
             wrong = "a lone surrogate is not text"
@@ -510,7 +510,7 @@ def _check_code(
             compile(code, part, "exec", dont_inherit=True)
         return True
     except SyntaxError as error:
-        message = f"{error.msg} (line {error.lineno})"
+        message = f"{error.msg} (line {error.lineno or 1})"
         if field is None:
             line, column = error.lineno, error.offset
     except (RecursionError, MemoryError, ValueError, OverflowError) as error:
@@ -702,19 +702,23 @@ def _rows(form: _Form, part: str) -> Iterator[tuple[int, list[str]]]:
 
 def _quote_json(line: str) -> str:
     """A CSV line whose cells of bare JSON (`0,{"a": 1, "b": 2}`) are quoted as CSV wants it."""
-    done, at = "", 0
-    while bare := _UP_TO_JSON.match(line, at):
+    done, at, vain = "", 0, 0
+    # What only begins as JSON does is read in vain, and what it holds again: not without end.
+    while vain <= 10 * len(line) and (bare := _UP_TO_JSON.match(line, at)):
         start, ended = bare.end(), None
         try:
             _, end = _DECODER.raw_decode(line, start)
             ended = _CELL_END.match(line, end)
-        except (ValueError, RecursionError):
-            pass  # it only begins like JSON
+        except json.JSONDecodeError as error:
+            end = len(line) if error.msg.startswith("Unterminated") else error.pos
+        except RecursionError:
+            break
         if ended:
             cell = line[start:end].replace('"', '""')
             done += f'{line[at:start].rstrip(" \t")}"{cell}"{ended[1]}'
             at = ended.end()
         else:
+            vain += end - start + end // 50  # the error counts lines up to there, a fast thing
             after = line.find(",", start) + 1 or len(line)
             done += line[at:after]
             at = after

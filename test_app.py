@@ -574,6 +574,7 @@ BARE: list[tuple[str, Any]] = [
     (' \t[1, {"a": ","}] \t', [1, {"a": ","}]),
     ('{"say": "\\"hi\\", you"}', {"say": '"hi", you'}),
     ('{"a": "{\\"b\\": [1, 2]}"}', {"a": {"b": [1, 2]}}),
+    ('{"a": "\\u007b\\"b\\": 1}"}', {"a": {"b": 1}}),
     ('{"a": "", "b": NaN}', '{"a": "", "b": NaN}'),
     ("{x}", "{x}"),
     ("[1] x", "[1] x"),
@@ -774,6 +775,7 @@ BAD = [
     bad("no script at all", 422, "python_code", "no script: send", script=None),
     in_own_script("a script that is a number", "code must be a string, not a number", 5),
     in_own_script("a template's script that does not compile", "(line 2)", "x\n)"),
+    in_own_script("a template's script with a NUL byte", "null bytes", "x\0"),
     in_script("a script that does not compile", ":2:5", "does not compile", "x = 1\nif x\n"),
     in_script("a script for Python 2", ":1:1", "print", "print 1"),
     in_script("a script with tabs and spaces", ":3:.+", "tabs", "if 1:\n\tx\n        y\n"),
@@ -817,6 +819,9 @@ BAD = [
     in_jobs("a message too large", ":2", "at most 100000 are allowed", f"a\n{'x' * 99_990}\n", 413),
     in_jobs("a message too large by its quotes", ":2", "100000", f"a\n{'""' * 51_000}\n", 413),
     in_jobs("a line too large", ":2", "at most 1248576", f"a\n{',' * 1_300_000}\n", 413),
+    in_jobs("brackets that stay open", ":2", "cells in 1 columns", "a\n" + "[1," * 400_000),
+    in_jobs("brackets that close too late", ":2", "cells", f"a\n{'[1,' * 900}0{']' * 900} x\n"),
+    in_jobs("cells that are no JSON", ":2", "cells in 1 columns", "a\n" + '{"x"},' * 200_000),
     in_jobs(
         "JSON with an integer of 65 bits", r":2 a\.b", "64 bits", 'a\n{"b": 18446744073709551616}\n'
     ),
@@ -1097,7 +1102,7 @@ def posts(draw: st.DrawFn) -> tuple[dict[str, bytes], bool]:
     }
     parts = {
         "data_job": written(draw(tables())[2]).encode(),
-        "data_agent": written(draw(tables())[2]).encode(),
+        "data_agent": draw(st.sampled_from([b"", b"targetted_agent,x\n1,y\n", b"code\nx = 1\n"])),
         "python_code": "é = 1 # \u2028".encode(),
         "requirements_txt": b"six",
     }
@@ -1173,7 +1178,6 @@ def test_mutated_bodies_break_nothing_and_leave_neither_memory_nor_files(
     assert besieged.process is not None
     process, tmp = psutil.Process(besieged.process.pid), besieged.environment["TMPDIR"]
     chance, before, seen = random.Random(20), traces(besieged), Counter[int]()
-    folders = os.listdir(tmp)
     body = multipart(form(jobs_csv=f'{T},u\n1,"{{""a"": 1}}"\n', requirements_txt=b"six"))
     kinds = [FORM + b"frontier"] * 9 + [FORM + b'"', b"\xff", FORM[:-1] + b"*=utf-8''%ff"]
     for number in range(400):
@@ -1185,21 +1189,30 @@ def test_mutated_bodies_break_nothing_and_leave_neither_memory_nor_files(
     assert min(seen[200], seen[400], seen[422]) > 10, seen
     assert process.memory_info().rss - memory < 20 * 2**20
     wait_for("all connections to be closed", lambda: process.num_fds() <= files + 2)
-    assert os.listdir(tmp) == folders
+    assert not [name for name in os.listdir(tmp) if not name.startswith("armada-")]  # an agent's
     assert traces(besieged) == before
 
 
 @pytest.mark.servers
-def test_a_body_that_comes_byte_by_byte_is_taken_while_others_are_served(
+def test_bodies_that_come_byte_by_byte_are_taken_while_others_are_served(
     besieged: Orchestrator,
 ) -> None:
     data = request(multipart(form(script="pass")), line=DRY)
-    with connected(besieged) as slow:
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connected(besieged)) for _ in range(6)]  # 4 runs start at once
         for number, byte in enumerate(data):
-            slow.send(bytes([byte]))
-            if number % 200 == 0:
+            for client in slow:
+                client.send(bytes([byte]))
+            if number % 100 == 0:
                 assert serves(besieged)
-        assert answer_to(slow)[0] == 200
+        assert [answer_to(client)[0] for client in slow] == [200] * 6
+
+
+def assert_untouched(orchestrator: Orchestrator, before: dict[str, Any]) -> None:
+    """Nothing has been started, nor is, though there was no answer to wait for."""
+    for _ in range(20):
+        assert serves(orchestrator)
+        assert traces(orchestrator) == before
 
 
 @pytest.mark.servers
@@ -1208,23 +1221,21 @@ def test_a_content_length_that_lies_starts_nothing(besieged: Orchestrator, missi
     before = traces(besieged)
     lie = request(GOOD, length=len(GOOD) + missing)
     assert exchange(besieged, lie, close=True)[0] in (0, 400, 413)
-    assert serves(besieged)
-    assert traces(besieged) == before
+    assert_untouched(besieged, before)
 
 
 @pytest.mark.servers
 def test_clients_that_leave_half_way_are_forgotten(besieged: Orchestrator) -> None:
     assert besieged.process is not None
-    process, before, whole = psutil.Process(besieged.process.pid), traces(besieged), request(GOOD)
-    files = process.num_fds()
+    process, before = psutil.Process(besieged.process.pid), traces(besieged)
+    whole, files = request(multipart(form(jobs_csv="x\n" * 150_000))), process.num_fds()
     for number in range(100):
         with connected(besieged) as client:
-            client.sendall(whole[: len(whole) * number // 100])
+            client.sendall(whole[: len(whole) * (number + 1) // 101])
             if number % 2:  # leave with a reset rather than an end
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert serves(besieged)
     wait_for("all connections to be closed", lambda: process.num_fds() <= files + 2)
-    assert traces(besieged) == before
+    assert_untouched(besieged, before)
 
 
 @pytest.mark.servers
@@ -1244,8 +1255,7 @@ def test_a_thousand_idle_connections_keep_nobody_out(besieged: Orchestrator) -> 
             stack.enter_context(connected(besieged)).sendall(starts[number % 4])
         assert serves(besieged)
         assert httpx.get(f"{besieged.url}/health?ready", timeout=60).status_code == 200
-    assert serves(besieged)
-    assert traces(besieged) == before
+    assert_untouched(besieged, before)
 
 
 # The answer
