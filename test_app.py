@@ -966,7 +966,7 @@ def traces(orchestrator: Orchestrator) -> dict[str, Any]:
 
 
 FORM = b"multipart/form-data; boundary="
-START, DRY = b"POST /bot/start", b"POST /bot/start?dry_run=true"
+REAL, DRY = b"POST /bot/start", b"POST /bot/start?dry_run=true"
 
 
 def multipart(parts: dict[str, bytes]) -> bytes:
@@ -983,7 +983,7 @@ def request(
     body: bytes,
     *,
     kind: bytes | None = FORM + b"frontier",
-    line: bytes = START,
+    line: bytes = REAL,
     length: int | None = None,
 ) -> bytes:
     """A whole request as it goes over the wire."""
@@ -1138,7 +1138,7 @@ def test_any_form_is_answered_with_2xx_or_4xx_and_what_is_refused_touches_nothin
 ) -> None:
     parts, dry = post
     before = traces(besieged)
-    status, body = exchange(besieged, request(multipart(parts), line=DRY if dry else START))
+    status, body = exchange(besieged, request(multipart(parts), line=DRY if dry else REAL))
     answer = json.loads(body)
     assert status in (200, 400, 409, 413, 422), answer
     if status == 200 and not dry:
