@@ -54,6 +54,9 @@ test: $(VENV)/ready servers ## Run all tests, against servers that they start th
 test-fast: $(VENV)/ready ## Run the tests that need no server
 	@$(PY) -m pytest -m "not servers" -q
 
+soak: $(VENV)/ready servers ## Run random runs under random kills, for SOAK_SECONDS (300)
+	@$(PY) test_app.py
+
 lint: $(VENV)/ready ## Check format, style and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
 	$(VENV)/bin/mypy *.py example/demo.py chart/render.py chart/test_chart.py
@@ -62,4 +65,4 @@ clean: ## Delete the environment and all caches
 	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 -include chart/deploy.mk
-.PHONY: help install demo run start servers test test-fast lint clean
+.PHONY: help install demo run start servers test test-fast soak lint clean

@@ -23,12 +23,13 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -242,11 +243,14 @@ class Orchestrator:
         host, port = self.events("orchestrator started")[-1]["redis"].split(":")
         return redis.Redis(host, int(port), decode_responses=True)
 
-    def pids(self) -> list[int]:
-        """This process and all below it."""
+    @property
+    def running(self) -> psutil.Process:
         assert self.process is not None
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child.pid for child in children]
+        return psutil.Process(self.process.pid)
+
+    def pids(self) -> list[int]:
+        """All processes below this one."""
+        return [child.pid for child in self.running.children(recursive=True)]
 
     def post(self, dry_run: bool = False, **parts: Any) -> httpx.Response:
         files = {name: (name, value) for name, value in form(**parts).items()}
@@ -1613,12 +1617,11 @@ def test_a_run_goes_on_when_a_server_goes_at_any_step_of_its_end(
     gone = proxied.at(steps[0][0], run_id, "cut", steps[0][1])
     run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
     assert orchestrator.post(run=run, jobs_csv="evict\nonce\n").status_code == 200
-    assert orchestrator.process is not None
     for step, following in itertools.zip_longest(steps, steps[1:]):
         assert gone.wait(60), step
         ready = httpx.get(f"{orchestrator.url}/health?ready", timeout=60)
         assert (ready.status_code, ready.json()["failing"]) == (503, [moments("")[step[0]][0]])
-        assert len(psutil.Process(orchestrator.process.pid).children()) <= 1
+        assert len(orchestrator.running.children()) <= 1
         if following:
             gone = proxied.at(following[0], run_id, "cut", following[1])
         proxied.mend()
@@ -1704,14 +1707,13 @@ def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
 def test_a_job_whose_agent_is_killed_is_done_by_another(orchestrator: Orchestrator) -> None:
     run_id = new_run_id()
     run = {"run_id": run_id, "number_of_jobs": 4}
-    assert orchestrator.post(run=run, job={"seconds": 2}).status_code == 200
+    assert orchestrator.post(run=run, job={"seconds": 1}).status_code == 200
     store = orchestrator.store()
     begun = wait_for("a job", lambda: store.hgetall(f"begun:{run_id}"))
-    for child in psutil.Process(int(next(iter(begun.values())))).children():
-        child.kill()
-    psutil.Process(int(next(iter(begun.values())))).kill()
+    os.killpg(int(next(iter(begun.values()))), signal.SIGKILL)
     wait_for("the end", lambda: ended(orchestrator, run_id))
     assert set(store.hgetall(f"done:{run_id}")) == set("0123")
+    assert_nothing_left(orchestrator, run_id)
 
 
 @pytest.mark.servers
@@ -1761,8 +1763,7 @@ def test_agents_end_with_an_orchestrator_that_is_killed(
     wait_for("a job", lambda: store.keys("begun:*"))
     below = orchestrator.pids()
     assert len(below) > 4
-    assert orchestrator.process is not None
-    orchestrator.process.kill()
+    orchestrator.running.kill()
     wait_for_the_end_of(below)
 
 
@@ -1781,12 +1782,11 @@ def test_a_run_is_whole_or_undone_after_its_orchestrator_was_killed_at_any_step(
     proxied = Proxied(servers, start)
     orchestrator = proxied.orchestrator
     for step in START[1:]:
-        assert orchestrator.process is not None
-        run_id, killed = new_run_id(), orchestrator.process
-        proxied.at(step, run_id, killed.kill, answer=True)
+        run_id = new_run_id()
+        proxied.at(step, run_id, orchestrator.running.kill, answer=True)
         with pytest.raises(httpx.TransportError):
             orchestrator.post(run={"run_id": run_id})
-        assert killed.wait(60) == -signal.SIGKILL
+        assert orchestrator.process and orchestrator.process.wait(60) == -signal.SIGKILL
         gone(orchestrator, run_id)
         orchestrator.start()
         if step != "commit the run":
@@ -1795,8 +1795,7 @@ def test_a_run_is_whole_or_undone_after_its_orchestrator_was_killed_at_any_step(
             assert not orchestrator.store().exists(f"begun:{run_id}")
     wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{run_id}"))
     below = orchestrator.pids()
-    assert orchestrator.process is not None
-    orchestrator.process.kill()
+    orchestrator.running.kill()
     wait_for_the_end_of(below)
     gone(orchestrator, run_id)
     orchestrator.start()
@@ -1819,12 +1818,11 @@ def test_a_post_is_finished_by_an_orchestrator_that_is_told_to_stop(
         first = pool.submit(orchestrator.post, run={"run_id": run_id})
         assert held.wait(60)
         assert orchestrator.post(run={"run_id": run_id}).status_code == 409
-        assert orchestrator.process is not None
-        orchestrator.process.terminate()
+        orchestrator.running.terminate()
         wait_for("it to take no more", lambda: not answers(orchestrator.port))
         release.set()
         assert first.result().status_code == 200
-    assert orchestrator.process.wait(60) == 0
+    assert orchestrator.process and orchestrator.process.wait(60) == 0
     assert orchestrator.events("orchestrator stopped")
     orchestrator.start()
     assert_done(orchestrator, run_id, 6)
@@ -1866,8 +1864,7 @@ def test_a_run_changes_hands_where_its_orchestrator_stands_still_and_not_after_a
 ) -> None:
     one, two = (Proxied(servers, start) for _ in range(2))
     orchestrator, other = one.orchestrator, two.orchestrator
-    assert orchestrator.process is not None
-    run_id, process = new_run_id(), psutil.Process(orchestrator.process.pid)
+    run_id, process = new_run_id(), orchestrator.running
     stopped = one.at("store the configs", run_id, process.suspend)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(orchestrator.post, run={"run_id": run_id})
@@ -3235,3 +3232,135 @@ def test_the_charts_role_allows_the_calls_that_are_made_and_no_others(
     cluster.before["patch jobs"] = Refusal(500, "InternalError", "once")
     assert orchestrator.post().status_code == 502
     assert set(cluster.calls) == role
+
+
+# Soak
+
+
+class Soak:
+    """Random runs under random kills, for as long as is set: `make soak`.
+
+    Two orchestrators share a Redis and a RabbitMQ. One thing is killed at a time, and started again
+    after a while; what is posted meanwhile goes on.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.chance, self.servers = random.Random(seed), Servers(folder)
+        environment = real(self.servers, TIMEOUT="3", MAX_RESTARTS="1000", LOCAL_MAX_AGENTS="3")
+        self.orchestrators = [Orchestrator(environment, folder / f"log{n}") for n in range(2)]
+        self.pool = ThreadPoolExecutor(8)
+        self.posts: dict[str, tuple[int, Future[int]]] = {}  # run id -> jobs, status (0: none came)
+        self.began = time.monotonic()
+        self.did: Counter[str] = Counter()
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {what}", flush=True)
+        self.did[what.split()[0]] += 1
+
+    def store(self) -> "redis.Redis":
+        return redis.Redis(port=self.servers.redis_port, decode_responses=True)
+
+    def post(self) -> None:
+        run_id, chance = new_run_id(), self.chance
+        run = {"run_id": run_id, "number_of_agents": chance.randint(1, 3)}
+        run["number_of_jobs"] = jobs = chance.choice([1, 10, 50, 5000])
+        job = {"seconds": 0 if jobs == 5000 else chance.uniform(0, 0.5)}
+        orchestrator = chance.choice(self.orchestrators)
+
+        def status() -> int:
+            try:
+                answer = orchestrator.post(run=run, job=job, jobs_csv="retry\n\n1\n")
+            except httpx.TransportError as error:
+                self.say(f"unanswered: {error!r}")
+                return 0
+            return answer.status_code
+
+        self.posts[run_id] = jobs, self.pool.submit(status)
+        self.say(f"posted {run_id}: {jobs} jobs, {run['number_of_agents']} agents")
+
+    def kill_agent(self) -> None:
+        name = self.chance.choice(["SIGTERM", "SIGKILL"])
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            watchers = [child for one in self.orchestrators for child in one.running.children()]
+            agents = [agent for watcher in watchers for agent in watcher.children()]
+            if not agents:
+                return
+            agent = self.chance.choice(agents)
+            if name == "SIGKILL":
+                os.killpg(agent.pid, signal.SIGKILL)  # with the process that does the jobs
+            else:
+                agent.terminate()
+            self.say(f"agents: {name}")
+
+    def kill_orchestrator(self) -> None:
+        orchestrator = self.chance.choice(self.orchestrators)
+        name = self.chance.choice(["SIGTERM", "SIGKILL"])
+        orchestrator.running.send_signal(getattr(signal, name))
+        self.say(f"orchestrators: {name}")
+        assert orchestrator.process and orchestrator.process.wait(60) is not None
+        time.sleep(self.chance.uniform(0, 20))  # until the other takes over, or not
+        orchestrator.start()
+
+    def kill_rabbitmq(self) -> None:
+        self.servers.kill_rabbitmq()
+        self.say("RabbitMQ: SIGKILL")
+        time.sleep(self.chance.uniform(0, 10))
+        self.servers.start_rabbitmq()
+
+    def kill_redis(self) -> None:
+        self.servers.kill_redis()
+        self.say("Redis: SIGKILL")
+        time.sleep(self.chance.uniform(0, 10))
+        self.servers.start_redis()
+
+    def run(self, seconds: float) -> bool:
+        """Returns whether nothing was lost and nothing left."""
+        self.servers.start_redis()
+        self.servers.start_rabbitmq()
+        for orchestrator in self.orchestrators:
+            orchestrator.start()
+        faults = [self.kill_agent] * 5 + [
+            self.kill_orchestrator,
+            self.kill_rabbitmq,
+            self.kill_redis,
+        ]
+        while time.monotonic() - self.began < seconds:
+            if self.store().hlen("armada:runs") < 4:
+                self.post()
+            time.sleep(self.chance.uniform(0, 3))  # the next fault may come in this POST
+            self.chance.choice(faults)()
+        self.say("waiting for the runs to end")
+        wait_for("the end", lambda: not self.store().hlen("armada:runs"), 300)
+        return self.count()
+
+    def count(self) -> bool:
+        lost = wrong = 0
+        for run_id, (jobs, post) in self.posts.items():
+            done = self.store().hlen(f"done:{run_id}")
+            status = post.result()
+            self.did[{200: "200", 0: "unanswered"}.get(status, "refused")] += 1
+            lost += jobs - done if status == 200 else 0
+            if (status not in (0, 200) and done) or (status == 0 and done not in (0, jobs)):
+                self.say(f"{run_id} was answered {status}, and {done} of {jobs} jobs were done")
+                wrong += 1
+            assert_nothing_left(self.orchestrators[0], run_id)
+        print(dict(self.did))
+        print(f"{lost} jobs lost, {wrong} runs that were not started whole or not at all")
+        return not lost and not wrong
+
+    def stop(self) -> None:
+        for orchestrator in self.orchestrators:
+            orchestrator.stop()
+        self.servers.stop()
+
+
+if __name__ == "__main__":
+    drawn = int(os.environ.get("SOAK_SEED", random.randrange(10**6)))
+    print(f"SOAK_SEED={drawn}")
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+        soak = Soak(Path(temporary), drawn)
+        try:
+            well = soak.run(float(os.environ.get("SOAK_SECONDS", 300)))
+        finally:
+            soak.stop()
+    sys.exit(0 if well else 1)
