@@ -293,6 +293,11 @@ class Monitor:
             self.broker.purge(record.run_id)
         elif record.phase == Phase.RUNNING:
             self.drain(record, watch, depth, fleet, workers)
+        elif record.phase == Phase.DRAINED and depth.ready:
+            # Who is ending neither consumes nor answers, and may have been killed in its last job.
+            say("jobs came back", logging.WARNING, run_id=record.run_id, jobs=depth.ready)
+            watch.stopping = 0.0
+            self.registry.update(record, phase=Phase.RUNNING)
         elif self.stop(record, watch, depth, fleet) and not self.kept(record, depth, fleet):
             self.finish(record, depth, fleet)
 
