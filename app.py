@@ -539,8 +539,9 @@ async def read_parts(
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise Failed(400, "the body must be multipart/form-data, with a boundary")
-    form, size, limit = Form(boundary, settings), 0, settings.max_upload_bytes
+    size, limit = 0, settings.max_upload_bytes
     try:
+        form = Form(boundary, settings)
         async with asyncio.timeout(UPLOAD_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)

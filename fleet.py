@@ -465,7 +465,8 @@ class KubernetesAgents(Agents):
             failed=failed,
             unready=max(0, active - status.get("ready", 0)),
             ended="Complete" in true or "Failed" in true,
-            hopeless="Failed" in true and not status.get("succeeded"),
+            hopeless=true.get("Failed", {}).get("reason") not in (None, "DeadlineExceeded")
+            and not status.get("succeeded"),
             missed=int(told.get(f"{ANNOTATION}missed", 0)),
             suspended=bool(job["spec"].get("suspend")) and told[f"{ANNOTATION}phase"] == "starting",
             trouble=self.trouble.get(record.run_id, {}),

@@ -3366,7 +3366,7 @@ class Soak:
             answer = {200: "200", 0: "unanswered"}.get(status, "refused")
             self.did[answer] += 1
             left = {str(index) for index in range(jobs)} - set(done)
-            if left and (done or answer == "200") or done and answer == "refused":
+            if (left and (done or answer == "200")) or (done and answer == "refused"):
                 print(f"{run_id} was {answer}, and jobs {' '.join(left)[:80]} were not done")
                 lost, wrong = lost + len(left), wrong + 1
             assert_nothing_left(self.orchestrators[0], run_id)
