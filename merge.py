@@ -560,6 +560,7 @@ def _read_overrides(form: _Form, messages: Messages, ending: str) -> None:
                     message = f"the target {cell.strip()[:80]!r} is not a whole number"
                     form.add(part, message, line, field=target)
                 continue
+            cells[column] = ""  # a message has its index anyway
         if index > highest:
             highest = index
         if not 0 <= index <= count:
