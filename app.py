@@ -113,12 +113,14 @@ class Orchestrator:
                     raise Failed(503, "another orchestrator undid this start; post it again")
                 with self.step(agents, "start the agents"):
                     agents.start(record, job)
-            except BaseException as error:
-                say("run not started", logging.ERROR, run_id=run.run_id, error=error)
+            except BaseException:
                 self.failed.add(record.claim)
                 self.undo(record)
                 raise
             say("run started", run_id=run.run_id)
+        except Exception as error:
+            say("run not started", logging.WARNING, run_id=run.run_id, error=error)
+            raise
         finally:
             self.starting.discard(record.claim)
 

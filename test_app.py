@@ -1609,6 +1609,8 @@ def test_a_start_is_whole_or_undone_when_a_server_goes_at_any_step(
     assert posted.status_code == 503
     name = {"redis": "Redis", "rabbitmq": "RabbitMQ"}[moments(run_id)[step][0]]
     assert posted.json()["detail"].startswith(name)
+    told = [e for e in orchestrator.events("run not started") if e["run_id"] == run_id]
+    assert [event["error"] for event in told] == [posted.json()["detail"]]
     assert_nothing_left(orchestrator, run_id)
     assert not orchestrator.store().exists(f"done:{run_id}", f"begun:{run_id}")
 
