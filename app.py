@@ -219,6 +219,8 @@ class Monitor:
             self.watches = {c: watch for c, watch in self.watches.items() if c in claims}
             if records:
                 self.look(records)
+            if answered := [record for record in records if self.answered(record)]:
+                self.look(answered)
         except self.orchestrator.errors as error:
             self.blind = time.monotonic()
             self.disconnect()
@@ -261,7 +263,7 @@ class Monitor:
             self.connection = self.broker.connect()
             self.mailbox = Mailbox(self.connection)
         fleets = self.agents.look(records)
-        self.mailbox.collect()
+        self.mailbox.collect(0.02)
         depths = self.broker.look(self.connection, [record.run_id for record in records])
         for record in records:
             watch = self.watches.setdefault(record.claim, Watch())
@@ -273,6 +275,12 @@ class Monitor:
                 if str(error) not in watch.trouble:
                     watch.trouble.add(str(error))
                     say("Kubernetes refused", logging.ERROR, run_id=record.run_id, error=error)
+        self.mailbox.collect(0.1)
+
+    def answered(self, record: Record) -> bool:
+        """Whether all workers of a run have just said that they hold nothing."""
+        asked = self.watches[record.claim].round
+        return asked is not None and asked.complete and not asked.busy
 
     def decide(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet) -> None:
         """Do what a run's phase calls for."""
@@ -361,10 +369,9 @@ class Monitor:
         if not workers and not depth.ready:
             watch.idle += 1
         elif asked and workers == asked.workers and not depth.ready:
-            complete = asked.answers >= workers * len(Mailbox.COMMANDS)
-            if not (complete or asked.busy) and now - asked.opened < self.ROUND:
+            if not (asked.complete or asked.busy) and now - asked.opened < self.ROUND:
                 return False
-            watch.idle = watch.idle + 1 if complete and not asked.busy else 0
+            watch.idle = watch.idle + 1 if asked.complete and not asked.busy else 0
         else:
             watch.idle = 0
         self.mailbox.close(asked)

@@ -329,6 +329,11 @@ class Round:
     answers: int = 0
     busy: bool = False  #: a worker holds a job
 
+    @property
+    def complete(self) -> bool:
+        """Whether every worker has answered every question."""
+        return self.answers >= self.workers * len(Mailbox.COMMANDS)
+
 
 class Mailbox:
     """Asks workers what they hold and tells them to stop, by Celery's control messages.
@@ -384,10 +389,10 @@ class Mailbox:
             asked.answers += 1
             asked.busy |= any(message.decode().values())
 
-    def collect(self) -> None:
-        """Take the answers that have come, waiting for none."""
-        while self.rounds:
+    def collect(self, seconds: float) -> None:
+        """Take answers until all questions are answered, or none has come for so long."""
+        while not all(asked.complete for asked in self.rounds.values()):
             try:
-                self.connection.drain_events(timeout=0.02)
+                self.connection.drain_events(timeout=seconds)
             except TimeoutError:
                 return
