@@ -40,11 +40,11 @@ start: $(VENV)/ready ## Post the example to URL (default http://localhost:8080),
 	  -F requirements_txt=@example/requirements.txt -F "configtune=@-;filename=configtune.json" \
 	  | $(PY) example/demo.py --follow "$(URL)"
 
-servers: # RabbitMQ and Redis for the tests, where they can be installed
+servers: # RabbitMQ and Redis for the tests and the bench, where they can be installed
 	@command -v redis-server >/dev/null && test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { \
 	  command -v apt-get >/dev/null && { \
 	    if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
-	    echo "Installing rabbitmq-server and redis-server for the tests"; \
+	    echo "Installing rabbitmq-server and redis-server"; \
 	    $$as apt-get update -q >/dev/null && DEBIAN_FRONTEND=noninteractive \
 	    $$as apt-get install -yq --no-install-recommends rabbitmq-server redis-server >/dev/null; } || true; }
 
@@ -57,6 +57,9 @@ test-fast: $(VENV)/ready ## Run the tests that need no server
 soak: $(VENV)/ready servers ## Run random runs under random kills, for SOAK_SECONDS (300)
 	@$(PY) test_app.py
 
+bench: $(VENV)/ready servers ## Measure speed and memory, next to the plain way and the floor
+	@$(PY) bench.py $(if $(ONLY),--only $(ONLY))
+
 lint: $(VENV)/ready ## Check format, style and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
 	$(VENV)/bin/mypy *.py example/demo.py chart/render.py chart/test_chart.py
@@ -65,4 +68,4 @@ clean: ## Delete the environment and all caches
 	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 -include chart/deploy.mk
-.PHONY: help install demo run start servers test test-fast soak lint clean
+.PHONY: help install demo run start servers test test-fast soak bench lint clean
