@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import socket
@@ -29,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import amqp
 import httpx
 import orjson
 import psutil
@@ -380,18 +382,21 @@ def monitor(bench: Bench) -> list[Row]:
         used = cpu(orchestrator)
         time.sleep(seconds)
         share = (cpu(orchestrator) - used) / seconds * 100
-        assert orchestrator.process is not None
-        orchestrator.process.kill()  # so that its runs are taken over
-        orchestrator.process.wait()
-        tick = statistics.median(ticks(bench, 500))
+        watching = taken_over(bench, orchestrator, 500)
+        tick = statistics.median(timed(watching.tick)[0] for _ in range(5))
     return [
         Row("monitor tick with 500 runs in flight", "s", tick, 1),
         Row("the same, CPU of the orchestrator", "% of a core", share, 10),
     ]
 
 
-def ticks(bench: Bench, runs: int) -> list[float]:
-    """Seconds of five ticks of a monitor in this process, once it has taken over all runs."""
+def taken_over(bench: Bench, orchestrator: Orchestrator, runs: int) -> app.Monitor:
+    """A monitor in this process, which has taken over the runs of an orchestrator."""
+    assert orchestrator.process is not None
+    orchestrator.process.kill()
+    orchestrator.process.wait()
+    for owner in bench.redis.keys("armada:owner:*"):  # else it is waited for
+        bench.redis.delete(owner)
     seen: set[str] = set()
 
     def note(record: logging.LogRecord) -> bool:
@@ -401,62 +406,82 @@ def ticks(bench: Bench, runs: int) -> list[float]:
     log = logging.getLogger("armada")
     log.addFilter(note)
     log.setLevel(logging.INFO)
-    for owner in bench.redis.keys("armada:owner:*"):
-        bench.redis.delete(owner)
     settings = app.Settings.read({**real(bench.servers), "AGENT_COMMAND": ""})
     watching = app.Monitor(app.Orchestrator(settings))
     watching.tick()  # takes them over
     seen.clear()
     watching.tick()  # logs the progress of each
     assert len(seen) == runs, f"the monitor looked at {len(seen)} runs of {runs}"
-    return [timed(watching.tick)[0] for _ in range(5)]
+    return watching
 
 
 def draining(bench: Bench) -> list[Row]:
-    """A thousand workers, simulated in this process: from the last job to the last one told."""
+    """A thousand workers, simulated in one process: ticks from the last job until all have left."""
     with bench.orchestrator(AGENT_COMMAND="") as orchestrator:
-        bench.post(orchestrator, bench.run(2000, 1000))
-        seconds = work_and_leave(bench, 1000)
-    figure = "a drained run with 1,000 workers recognised and stopped"
-    return [Row(figure, f"ticks of {INTERVAL:g} s", seconds / INTERVAL, 3)]
+        bench.post(orchestrator, bench.run(3000, 1000))
+        watching = taken_over(bench, orchestrator, 1)
+        spawn = multiprocessing.get_context("spawn")
+        done = spawn.Semaphore(0)
+        given = bench.servers.url, bench.runs[-1], 1000, done
+        workers = spawn.Process(target=work_and_leave, args=given, daemon=True)
+        workers.start()
+        for _ in range(3000):
+            assert done.acquire(timeout=60), "the simulated workers do not work"
+        ticks = 0
+        while workers.is_alive():
+            assert ticks < 30, "the workers have not been told to stop"
+            watching.tick()
+            ticks += 1
+            workers.join(INTERVAL)
+    assert workers.exitcode == 0
+    return [Row("a drained run with 1,000 workers recognised and stopped", "ticks", ticks, 3)]
 
 
-def work_and_leave(bench: Bench, count: int) -> float:
-    """Be the workers of the last run: take its jobs, answer, leave when told.
-
-    Returns the seconds from the last job's acknowledgement to the last worker's leaving.
-    """
-    url, run_id = bench.servers.url, bench.runs[-1]
+def work_and_leave(url: str, run_id: str, count: int, done: Any) -> None:
+    """Be the workers of a run: do its jobs, answer, leave when told. `done` is a semaphore."""
     mailbox = Mailbox(merge.control_exchange(run_id), type="fanout")
     working: dict[str, Any] = {}  # consumer tag of the mailbox, by name
-    done = 0.0
+    held: list[Any] = []
+    ready = False  # until all workers are there, each holds its first job
     # Answers go over a second connection: waiting there must not take the next question.
     with Connection(url) as connection, Connection(url) as answering:
         channel, answers = connection.channel(), answering.channel()
         channel.basic_qos(0, 1, False)
 
+        def finish() -> None:
+            while held:
+                channel.basic_ack(held.pop().delivery_tag)
+                done.release()
+
         def work(message: Any) -> None:
-            nonlocal done
-            channel.basic_ack(message.delivery_tag)
-            done = time.perf_counter()
+            held.append(message)
+            if ready:
+                finish()
 
         def leave(name: str) -> None:
             if name in working:
                 channel.basic_cancel(name, nowait=True)
                 channel.basic_cancel(working.pop(name), nowait=True)
 
+        def reply(data: dict[str, Any], exchange: str, routing_key: str, ticket: str) -> None:
+            # As kombu does it, for less: a thousand workers have more than one core.
+            properties = {"content_type": "application/json", "content_encoding": "utf-8"}
+            headers = {"ticket": ticket, "clock": 1}
+            message = amqp.Message(json.dumps(data), application_headers=headers, **properties)
+            answers.basic_publish(message, exchange, routing_key)
+
         handlers: dict[str, Any] = {"shutdown": leave}
         handlers |= dict.fromkeys(("active", "reserved", "scheduled"), lambda name: [])
         for name in (f"celery@worker{index}" for index in range(count)):
             node = mailbox.Node(name, name, answers, handlers)
+            node.reply = reply
             [working[name]] = node.listen(channel)._active_tags.values()
         for name in working:
             channel.basic_consume(run_id, callback=work, consumer_tag=name)
-        end = time.monotonic() + 60
+        ready = True
+        finish()
         while working:
-            assert time.monotonic() < end, f"{len(working)} workers have not been told to stop"
             connection.drain_events(timeout=60)
-        return time.perf_counter() - done
 
 
 def starting(bench: Bench) -> list[Row]:
