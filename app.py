@@ -44,7 +44,7 @@ from fleet import (
     Agents,
     Fleet,
     KubernetesAgents,
-    KubernetesError,
+    KubernetesRefused,
     LocalAgents,
     manifest,
     watched,
@@ -67,8 +67,9 @@ class Orchestrator:
         self.agents: Agents = (
             LocalAgents(settings) if settings.local else KubernetesAgents(settings)
         )
-        self.errors: tuple[type[Exception], ...] = (*self.broker.errors, *self.agents.errors)
-        self.refusals: tuple[type[Exception], ...] = (redis.ResponseError, *self.broker.refusals)
+        dependencies = (self.registry, self.broker, self.agents)
+        self.errors = tuple(error for each in dependencies for error in each.errors)
+        self.refusals = tuple(error for each in dependencies for error in each.refusals)
         self.starting: set[str] = set()  # claims whose POST is at work
         self.failed: set[str] = set()  # claims whose POST has failed, whatever Redis says of them
 
@@ -130,10 +131,9 @@ class Orchestrator:
         try:
             yield
         except self.errors as error:
-            if isinstance(error, KubernetesError):
-                status = {0: 503, 409: 409}.get(error.status, 502)
-            else:
-                status = 502 if isinstance(error, self.refusals) else 503
+            status = 502 if isinstance(error, self.refusals) else 503
+            if isinstance(error, KubernetesRefused) and error.status == 409:
+                status = 409  # a Kubernetes Job of that name exists
             verb = "refused to" if status != 503 else "could not be reached in time to"
             detail = f"{dependency.name} {verb} {doing}: {error or type(error).__name__}"
             raise Failed(status, self.settings.scrub(f"{detail}; nothing was started")) from error
@@ -269,9 +269,7 @@ class Monitor:
             watch = self.watches.setdefault(record.claim, Watch())
             try:
                 self.decide(record, watch, depths[record.run_id], fleets[record.run_id])
-            except KubernetesError as error:
-                if not error.status:
-                    raise
+            except KubernetesRefused as error:
                 if str(error) not in watch.trouble:
                     watch.trouble.add(str(error))
                     say("Kubernetes refused", logging.ERROR, run_id=record.run_id, error=error)

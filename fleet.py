@@ -54,7 +54,8 @@ class Agents:
 
     name = "Agents"
     known = True  #: whether `look` can tell when the last agent has ended
-    errors: tuple[type[Exception], ...] = ()  #: what the methods raise
+    refusals: tuple[type[Exception], ...] = ()  #: raised where the platform answers, and says no
+    errors: tuple[type[Exception], ...] = ()  #: what the methods raise, `refusals` among them
 
     def create(self, record: Record, job: Json) -> None:
         """Reserve what agents need, so that refusals come first; none runs yet."""
@@ -311,20 +312,25 @@ class LocalAgents(Agents):
         self.kill(left, self.GRACE)
 
 
-class KubernetesError(Exception):
-    """The API server refused, with its status and reason, or cannot be reached (status 0)."""
+class KubernetesUnreachable(Exception):
+    """The API server cannot be reached, or has not answered in time."""
+
+
+class KubernetesRefused(Exception):
+    """The API server refused, with an HTTP status and a reason."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(f"{status} {reason}: {message}" if status else message)
+        super().__init__(f"{status} {reason}: {message}")
         self.status = status
 
 
 class KubernetesAgents(Agents):
-    """Agents as the pods of one Indexed Job per run. Methods raise `KubernetesError`."""
+    """Agents as the pods of one Indexed Job per run."""
 
     PODS_INTERVAL = 3  #: intervals between two looks at pods, for those that fail or do not start
     name = "Kubernetes"
-    errors = (KubernetesError,)
+    refusals = (KubernetesRefused,)
+    errors = (KubernetesRefused, KubernetesUnreachable)
 
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError where there is neither a cluster around nor a kubeconfig."""
@@ -373,14 +379,14 @@ class KubernetesAgents(Agents):
             response = self.client.call_api(*request, _request_timeout=(self.timeout, self.timeout))
             data = response.read()
         except self.unreachable as error:
-            raise KubernetesError(0, "Unreachable", str(error)) from error
+            raise KubernetesUnreachable(str(error)) from error
         try:
             answer: Json = orjson.loads(data)
         except ValueError:
             answer = {"message": data[:200].decode("utf-8", "replace")}
         if response.status >= 400:
             reason = answer.get("reason") or response.reason or ""
-            raise KubernetesError(response.status, reason, str(answer.get("message", "")))
+            raise KubernetesRefused(response.status, reason, str(answer.get("message", "")))
         return answer
 
     def pages(self, what: str, *query: tuple[str, str]) -> Iterator[Json]:
@@ -421,7 +427,7 @@ class KubernetesAgents(Agents):
         body = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         try:
             self.call("DELETE", f"jobs/{metadata['name']}", body)
-        except KubernetesError as error:
+        except KubernetesRefused as error:
             if error.status not in (404, 409):  # gone, or another Job of that name
                 raise
 
@@ -430,7 +436,7 @@ class KubernetesAgents(Agents):
         try:
             path = f"jobs/{record.k8s_job}"
             self.seen[record.run_id] = self.call("PATCH", path, changes)
-        except KubernetesError as error:
+        except KubernetesRefused as error:
             if error.status != 404:
                 raise
 
@@ -505,9 +511,7 @@ class KubernetesAgents(Agents):
         """Annotations on the Job, and an Event."""
         try:
             self.patch(record, notes(phase=phase, **{"jobs-left": str(left)}))
-        except KubernetesError as error:
-            if not error.status:
-                raise
+        except KubernetesRefused as error:
             say("annotation refused", logging.WARNING, run_id=record.run_id, error=error)
         if event:
             normal = event in ("Drained", "Stopped")
@@ -536,9 +540,7 @@ class KubernetesAgents(Agents):
         }
         try:
             self.call("POST", "events", body)
-        except KubernetesError as error:
-            if not error.status:
-                raise
+        except KubernetesRefused as error:
             say("event refused", logging.WARNING, run_id=record.run_id, error=error)
 
     def forget(self, record: Record) -> None:

@@ -69,7 +69,8 @@ class Registry:
     OWNER = "armada:owner:"  #: + owner -> exists while that process lives
     OWNER_SECONDS = 15
 
-    refusals = (redis.ResponseError,)
+    refusals: tuple[type[Exception], ...] = (redis.ResponseError,)
+    errors: tuple[type[Exception], ...] = (redis.RedisError,)
 
     def __init__(self, settings: Settings) -> None:
         self.name = f"Redis at {settings.redis_host}:{settings.redis_port}"
