@@ -82,7 +82,7 @@ class Orchestrator:
             phase=Phase.STARTING,
             agents=len(run.configs),
             jobs=len(run.jobs),
-            k8s_job=f"{run.image_name}-{run.run_id}",
+            k8s_job=run.k8s_job,
         )
 
     def start_run(self, run: Run) -> None:

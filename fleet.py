@@ -95,65 +95,21 @@ class Agents:
 
 
 def manifest(run: Run, claim: str, settings: Settings) -> Json:
-    """The Kubernetes Job of a run, with the operator's pod template over it; no password in it.
+    """The Kubernetes Job of a run; no password in it.
 
     An index whose agent crashes is tried three more times, and counts against no other index;
     evictions and node drains count against none. `podReplacementPolicy: Failed` is the only one
     that Kubernetes allows beside a pod failure policy, and it keeps the node name worker{index}
     unique within a run: no two agents of one index exist at once.
     """
-    environment = {
-        "RUN_ID": run.run_id,
-        "REDIS_HOST_VAR_ENV": settings.redis_host,
-        "REDIS_PORT_VAR_ENV": str(settings.redis_port),
-        "BACKEND_URL": settings.backend_url,
-        "PROXY_PROVIDER_URL": settings.proxy_provider_url,
-        "FINGERPRINT_PROVIDER_URL": settings.fingerprint_provider_url,
-        "REQUIREMENTS_TXT": base64.b64encode(run.requirements.encode()).decode(),
-    }
-    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    secret, _, key = settings.agent_rabbitmq_secret.partition("/")
-    env: list[Json] = [
-        {"name": "POD_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-        {"name": "RABBITMQ_URL", "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}},
-        *({"name": name, "value": value} for name, value in environment.items() if value),
-    ]
+    agents, jobs = len(run.configs), len(run.jobs)
     labels = {"app": run.image_name, **MANAGED_BY, RUN_LABEL: run.run_id}
-    minikube = settings.distrib == "minikube"
-    container = {
-        "name": "agent",
-        "image": f"{settings.docker_hub_username}/{run.image_name}:{run.image_version}",
-        "imagePullPolicy": "Never" if minikube else "Always",
-        "env": env,
-        "resources": {"requests": {"cpu": run.agent_cpu, "memory": run.agent_memory}},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-    }
-    spread = {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": {RUN_LABEL: run.run_id}},
-    }
-    pod: Json = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
-        "topologySpreadConstraints": [spread],
-        "containers": [container],
-    }
-    if settings.image_pull_secrets and not minikube:
-        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    agents, jobs = len(run.configs), str(len(run.jobs))
-    notes = {"claim": claim, "phase": "starting", "jobs": jobs, "jobs-left": jobs, "restarts": "0"}
+    noted = notes(claim=claim, phase=Phase.STARTING, jobs=jobs, jobs_left=jobs, restarts=0)
     disrupted = [{"type": "DisruptionTarget", "status": "True"}]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {
-            "name": f"{run.image_name}-{run.run_id}",
-            "labels": labels,
-            "annotations": {ANNOTATION + key: value for key, value in notes.items()},
-        },
+        "metadata": {"name": run.k8s_job, "labels": labels, **noted},
         "spec": {
             "suspend": True,
             "completionMode": "Indexed",
@@ -163,11 +119,65 @@ def manifest(run: Run, claim: str, settings: Settings) -> Json:
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": disrupted}]},
             "ttlSecondsAfterFinished": settings.ttl_seconds_after_finished,
-            "template": overlay(
-                {"metadata": {"labels": labels}, "spec": pod}, settings.pod_template
-            ),
+            "template": pod_template(run, labels, settings),
         },
     }
+
+
+def notes(**values: object) -> Json:
+    """Metadata of a Kubernetes Job that has these annotations; `_` in a name becomes `-`."""
+    names = {name: ANNOTATION + name.replace("_", "-") for name in values}
+    return {"annotations": {names[name]: str(value) for name, value in values.items()}}
+
+
+def pod_template(run: Run, labels: Json, settings: Settings) -> Json:
+    """The PodTemplateSpec of a run's agents, with the operator's own over it."""
+    minikube = settings.distrib == "minikube"
+    container = {
+        "name": "agent",
+        "image": f"{settings.docker_hub_username}/{run.image_name}:{run.image_version}",
+        "imagePullPolicy": "Never" if minikube else "Always",
+        "env": environment(run, settings),
+        "resources": {"requests": {"cpu": run.agent_cpu, "memory": run.agent_memory}},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {RUN_LABEL: run.run_id}},
+    }
+    spec: Json = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+        "topologySpreadConstraints": [spread],
+        "containers": [container],
+    }
+    if settings.image_pull_secrets and not minikube:
+        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    made: Json = overlay({"metadata": {"labels": labels}, "spec": spec}, settings.pod_template)
+    return made
+
+
+def environment(run: Run, settings: Settings) -> list[Json]:
+    """The environment of an agent; what is not set is left out."""
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    secret, _, key = settings.agent_rabbitmq_secret.partition("/")
+    plain = {
+        "RUN_ID": run.run_id,
+        "REDIS_HOST_VAR_ENV": settings.redis_host,
+        "REDIS_PORT_VAR_ENV": str(settings.redis_port),
+        "BACKEND_URL": settings.backend_url,
+        "PROXY_PROVIDER_URL": settings.proxy_provider_url,
+        "FINGERPRINT_PROVIDER_URL": settings.fingerprint_provider_url,
+        "REQUIREMENTS_TXT": base64.b64encode(run.requirements.encode()).decode(),
+    }
+    return [
+        {"name": "POD_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        {"name": "RABBITMQ_URL", "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}},
+        *({"name": name, "value": value} for name, value in plain.items() if value),
+    ]
 
 
 def overlay(base: Any, over: Any) -> Any:
@@ -177,8 +187,7 @@ def overlay(base: Any, over: Any) -> Any:
             base = {key: value for key, value in base.items() if key != "value"}
         elif "value" in over:
             base = {key: value for key, value in base.items() if key != "valueFrom"}
-        changed = {key: overlay(base[key], over[key]) for key in over if key in base}
-        return merge.merge(base, over) | changed
+        return base | {key: overlay(base.get(key), value) for key, value in over.items()}
     if _named(base) and _named(over):
         items = {item["name"]: item for item in base}
         items |= {item["name"]: overlay(items.get(item["name"], {}), item) for item in over}
@@ -405,7 +414,7 @@ class KubernetesAgents(Agents):
 
     def start(self, record: Record, job: Json) -> None:
         """Resume the Job."""
-        self.patch(record, {"spec": {"suspend": False}} | notes(phase="running"))
+        self.patch(record, {"spec": {"suspend": False}, "metadata": notes(phase=Phase.RUNNING)})
         self.event(record, "Started", f"{record.jobs} jobs are queued for {record.agents} agents")
 
     def restart(self, record: Record, job: Json) -> None:
@@ -415,9 +424,8 @@ class KubernetesAgents(Agents):
                 self.seen[record.run_id] = old
                 return
             self.remove(old)
-        told = notes(phase="running", restarts=str(record.restarts))
-        new = merge.merge(job, {"spec": {"suspend": False}, **told})
-        self.create(record, new)
+        noted = notes(phase=Phase.RUNNING, restarts=record.restarts)
+        self.create(record, merge.merge(job, {"spec": {"suspend": False}, "metadata": noted}))
         text = f"agents created anew for the jobs left, restart {record.restarts}"
         self.event(record, "Recreated", text, "Warning")
 
@@ -465,7 +473,7 @@ class KubernetesAgents(Agents):
         status: Json = job.get("status", {})
         true = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
         active, failed = status.get("active", 0), status.get("failed", 0)
-        told = job["metadata"]["annotations"]
+        noted = job["metadata"]["annotations"]
         return Fleet(
             live=active,
             failed=failed,
@@ -473,8 +481,9 @@ class KubernetesAgents(Agents):
             ended="Complete" in true or "Failed" in true,
             hopeless=true.get("Failed", {}).get("reason") not in (None, "DeadlineExceeded")
             and not status.get("succeeded"),
-            missed=int(told.get(f"{ANNOTATION}missed", 0)),
-            suspended=bool(job["spec"].get("suspend")) and told[f"{ANNOTATION}phase"] == "starting",
+            missed=int(noted.get(f"{ANNOTATION}missed", 0)),
+            suspended=job["spec"].get("suspend", False)
+            and noted[f"{ANNOTATION}phase"] == Phase.STARTING,
             trouble=self.trouble.get(record.run_id, {}),
         )
 
@@ -497,8 +506,8 @@ class KubernetesAgents(Agents):
     def end(self, record: Record, fleet: Fleet) -> None:
         """Have the Job controller end the pods; the Job then says DeadlineExceeded."""
         if "activeDeadlineSeconds" not in self.seen[record.run_id]["spec"]:
-            told = notes(missed=str(fleet.unready))
-            self.patch(record, {"spec": {"activeDeadlineSeconds": 1}, **told})
+            noted = notes(missed=fleet.unready)
+            self.patch(record, {"spec": {"activeDeadlineSeconds": 1}, "metadata": noted})
 
     def delete(self, record: Record) -> None:
         """Delete the Job that this start of the run has created."""
@@ -510,7 +519,7 @@ class KubernetesAgents(Agents):
     def tell(self, record: Record, phase: str, left: int, event: str = "", text: str = "") -> None:
         """Annotations on the Job, and an Event."""
         try:
-            self.patch(record, notes(phase=phase, **{"jobs-left": str(left)}))
+            self.patch(record, {"metadata": notes(phase=phase, jobs_left=left)})
         except KubernetesRefused as error:
             say("annotation refused", logging.WARNING, run_id=record.run_id, error=error)
         if event:
@@ -550,11 +559,6 @@ class KubernetesAgents(Agents):
     def check(self) -> None:
         """List one Job."""
         self.call("GET", "jobs", query=[("limit", "1")])
-
-
-def notes(**values: str) -> Json:
-    """A patch of a Kubernetes Job's annotations."""
-    return {"metadata": {"annotations": {ANNOTATION + key: v for key, v in values.items()}}}
 
 
 def pod_trouble(status: Json) -> str:

@@ -177,6 +177,11 @@ class Run:
     jobs: Messages
     warnings: list[str]
 
+    @property
+    def k8s_job(self) -> str:
+        """The name of its Kubernetes Job."""
+        return f"{self.image_name}-{self.run_id}"
+
 
 def isolation(run_id: str) -> str:
     """The line that ends every script: control messages of this run reach its workers only.
