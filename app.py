@@ -40,7 +40,6 @@ from starlette.routing import Route
 import merge
 from broker import Broker, Depth, Mailbox, Round
 from fleet import (
-    MISSED,
     Agents,
     Fleet,
     KubernetesAgents,
@@ -431,18 +430,18 @@ class Monitor:
     def finish(self, record: Record, depth: Depth, fleet: Fleet) -> None:
         """Leave nothing of a run that is over, but what its platform keeps for inspection."""
         assert self.connection is not None
-        over = (Phase.FAILED, Phase.CANCELLED)
-        phase: str = record.phase if record.phase in over else "stopped"
+        phase, event = record.phase, ""
         text = f"{record.jobs} jobs were consumed, {record.agents} agents have ended"
-        if phase == "stopped" and fleet.missed:
-            phase, text = MISSED, f"{text}; {fleet.missed} of them never started"
-        event = "" if record.phase in over else "Stopped"
+        if phase == Phase.DRAINED:
+            phase, event = Phase.STOPPED, "Stopped"
+            if fleet.missed:
+                phase, text = Phase.MISSED, f"{text}; {fleet.missed} of them never started"
         self.agents.tell(record, phase, depth.ready, event, text)
         self.agents.forget(record)
         self.broker.forget(self.connection, record.run_id)
         self.registry.forget(record)
         say(
-            {Phase.FAILED: "kept jobs dropped"}.get(record.phase, f"run {phase}"),
+            "kept jobs dropped" if phase == Phase.FAILED else f"run {phase}",
             run_id=record.run_id,
             jobs=record.jobs,
             agents=record.agents,

@@ -31,7 +31,6 @@ MANAGED_BY = {"app.kubernetes.io/managed-by": "armada-orchestrator"}
 OURS = ("labelSelector", "app.kubernetes.io/managed-by=armada-orchestrator")
 ANNOTATION = "armada.services/"
 type Query = Iterable[tuple[str, str]]
-MISSED = "stopped-without-all-agents"  #: phase of a run that ended though some never started
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ class Phase(StrEnum):
     DRAINED = "drained"  #: every job has been consumed; agents are being stopped
     FAILED = "failed"  #: jobs are left that no agent will do; they are kept for a while
     CANCELLED = "cancelled"  #: somebody has deleted the Kubernetes Job; agents are being stopped
+    # Of a run that is over, these are told and not stored:
+    STOPPED = "stopped"  #: every job has been consumed, every agent has ended
+    MISSED = "stopped-without-all-agents"  #: the same, though some agents had never started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
