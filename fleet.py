@@ -201,7 +201,7 @@ def _named(value: Any) -> bool:
 #: Runs a command in a process group and a temporary folder of its own, and ends the whole group
 #: when the command ends or when its own standard input does: with the orchestrator, however that
 #: ends. SIGTERM is handed on.
-WATCH = """
+GUARD = """
 import os, signal, subprocess, sys, tempfile, threading
 with tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True) as folder:
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True,
@@ -213,23 +213,23 @@ with tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True) a
             pass
     signal.signal(signal.SIGTERM, lambda *_: end(signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def watch():
+    def guard():
         sys.stdin.buffer.read()
         end(signal.SIGKILL)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=guard, daemon=True).start()
     code = process.wait()
     end(signal.SIGKILL)
 os._exit(code if code >= 0 else 128 - code)
 """
 
 
-def watched(
+def guarded(
     command: list[str], environment: dict[str, str], stdout: int | None = None
-) -> "subprocess.Popen[bytes]":
+) -> subprocess.Popen[bytes]:
     """Start a command that ends with this process at the latest, whichever way that ends."""
-    # -I keeps an agent's PYTHONPATH and folder away from the watcher itself.
+    # -I keeps an agent's PYTHONPATH and folder away from the guard itself.
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", WATCH, *command],
+        [sys.executable, "-I", "-S", "-c", GUARD, *command],
         stdin=subprocess.PIPE,
         stdout=stdout,
         env=environment,
@@ -268,7 +268,7 @@ class LocalAgents(Agents):
         if not any(process.poll() is None for process in started):
             started.clear()
         for index in range(len(started), record.agents):
-            started.append(watched(self.command, base | {"POD_INDEX": str(index)}))
+            started.append(guarded(self.command, base | {"POD_INDEX": str(index)}))
 
     def look(self, records: list[Record]) -> dict[str, Fleet]:
         """Poll each process."""
@@ -287,20 +287,20 @@ class LocalAgents(Agents):
         else:
             self.terminate(self.processes.get(record.run_id, []))
 
-    def terminate(self, processes: "list[subprocess.Popen[bytes]]") -> None:
+    def terminate(self, processes: list[subprocess.Popen[bytes]]) -> None:
         """SIGTERM to those that have not ended."""
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    def kill(self, processes: "list[subprocess.Popen[bytes]]", seconds: float = 0) -> None:
+    def kill(self, processes: list[subprocess.Popen[bytes]], seconds: float = 0) -> None:
         """SIGKILL to those that have not ended in so many seconds."""
         end = time.monotonic() + seconds
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
             assert process.stdin is not None
-            process.stdin.close()  # the watcher kills what is left
+            process.stdin.close()  # the guard kills what is left
         for process in processes:
             process.wait(10)
 

@@ -89,7 +89,7 @@ class Registry:
     def claim(self, record: Record, manifest: Json, queue_exists: bool) -> None:
         """Enter a run. Raises `Failed` (409) where it exists, or another one uses its names."""
 
-        def enter(pipe: "redis.client.Pipeline") -> None:
+        def enter(pipe: redis.client.Pipeline) -> None:
             for other in map(Record.load, pipe.hvals(self.RUNS)):
                 if other == record:
                     return  # it has been entered, and the answer was lost
@@ -113,7 +113,7 @@ class Registry:
         new = replace(old, **changes)
         done = False
 
-        def swap(pipe: "redis.client.Pipeline") -> None:
+        def swap(pipe: redis.client.Pipeline) -> None:
             nonlocal done
             stored = pipe.hget(self.RUNS, old.run_id)
             done = stored in (old.dump(), new.dump())  # `new`: done already, the answer was lost
