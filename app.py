@@ -379,13 +379,13 @@ class Monitor:
 
     def ended(self, watch: Watch, fleet: Fleet) -> bool:
         """Whether all agents have ended, and the broker has had time to take their jobs back."""
-        return self.agents.known and fleet.ended and watch.quiet > 1
+        return not self.agents.by_hand and fleet.ended and watch.quiet > 1
 
     def left_alone(self, watch: Watch, depth: Depth) -> bool:
         """Whether a run whose agents are started by hand has long had neither jobs nor workers."""
         long = time.monotonic() - watch.last_seen > self.settings.idle_forget
         gone = self.broker.amqp and depth.missing
-        return not self.agents.known and not depth.ready and (long or gone)
+        return self.agents.by_hand and not depth.ready and (long or gone)
 
     def give_back(self, record: Record) -> int:
         """Return jobs that dead workers held to the queue, where the broker does not."""

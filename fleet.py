@@ -52,7 +52,7 @@ class Agents:
     """What the orchestrator does with agents. Each method may be called again when it failed."""
 
     name = "Agents"
-    known = True  #: whether `look` can tell when the last agent has ended
+    by_hand = False  #: whether users start the agents, so that `look` finds none
     refusals: tuple[type[Exception], ...] = ()  #: raised where the platform answers, and says no
     errors: tuple[type[Exception], ...] = ()  #: what the methods raise, `refusals` among them
 
@@ -248,7 +248,7 @@ class LocalAgents(Agents):
 
     def __init__(self, settings: Settings) -> None:
         self.command = shlex.split(settings.agent_command)
-        self.known = bool(self.command)
+        self.by_hand = not self.command
         self.rabbitmq_url = settings.rabbitmq_url
         self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}
         self.ending: dict[str, float] = {}  #: run id -> when SIGTERM was sent (monotonic seconds)
@@ -258,7 +258,7 @@ class LocalAgents(Agents):
 
         Called again, it goes on behind those that it has started, unless all have ended.
         """
-        if not self.known:
+        if self.by_hand:
             return
         base = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
         [container] = job["spec"]["template"]["spec"]["containers"]
