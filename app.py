@@ -70,7 +70,7 @@ class Orchestrator:
         self.errors = tuple(error for each in dependencies for error in each.errors)
         self.refusals = tuple(error for each in dependencies for error in each.refusals)
         self.starting: set[str] = set()  # claims whose POST is at work
-        self.failed: set[str] = set()  # claims whose POST has failed, whatever Redis says of them
+        self.to_undo: set[str] = set()  # claims whose POST has failed, whatever Redis says of them
 
     def new_record(self, run: Run) -> Record:
         """What the registry will hold of a run that starts."""
@@ -114,7 +114,7 @@ class Orchestrator:
                 with self.step(agents, "start the agents"):
                     agents.start(record, job)
             except BaseException:
-                self.failed.add(record.claim)
+                self.to_undo.add(record.claim)
                 self.undo(record)
                 raise
             say("run started", run_id=run.run_id)
@@ -142,14 +142,15 @@ class Orchestrator:
         try:
             current = self.registry.get(record.run_id)
             mine = current is not None and current.claim == record.claim
+            # Others are to undo a start that was committed as well, should this process not.
             if current and mine and current.phase != Phase.STARTING:
-                self.registry.update(current, phase=Phase.STARTING)  # for others, should this fail
+                self.registry.update(current, phase=Phase.STARTING)
             self.agents.delete(record)
             if current is None or mine:
                 with self.broker.connection() as connection:
                     self.broker.forget(connection, record.run_id)
                 self.registry.forget(record)
-            self.failed.discard(record.claim)
+            self.to_undo.discard(record.claim)
             say("run undone", run_id=record.run_id)
         except self.errors as error:
             say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
@@ -187,7 +188,13 @@ class Watch:
     stopping: float = 0.0  #: since when agents are being stopped (monotonic seconds)
     shown: object = None  #: the progress that was logged last
     told: float = 0.0  #: when the platform's users were told last (monotonic seconds)
-    trouble: set[str] = field(default_factory=set)  #: causes that were told
+    said: set[str] = field(default_factory=set)  #: what is said once of a run, and has been
+
+    def first(self, cause: str) -> bool:
+        """Whether this is to be said, as it has not been."""
+        new = cause not in self.said
+        self.said.add(cause)
+        return new
 
 
 class Monitor:
@@ -206,7 +213,7 @@ class Monitor:
         self.watches: dict[str, Watch] = {}  # by claim
         self.connection: Connection | None = None
         self.mailbox: Mailbox | None = None
-        self.trouble = ""
+        self.waiting = False  # for a dependency that is away
         self.blind = -math.inf  # when a dependency was last away (monotonic seconds)
 
     def tick(self) -> None:
@@ -223,13 +230,13 @@ class Monitor:
         except self.orchestrator.errors as error:
             self.blind = time.monotonic()
             self.disconnect()
-            if not self.trouble:
-                self.trouble = f"{type(error).__name__}: {error}"
-                say("monitor waits", logging.WARNING, error=self.trouble)
+            if not self.waiting:
+                say("monitor waits", logging.WARNING, error=f"{type(error).__name__}: {error}")
+            self.waiting = True
         else:
-            if self.trouble:
+            if self.waiting:
                 say("monitor goes on")
-            self.trouble = ""
+            self.waiting = False
 
     def disconnect(self) -> None:
         """Drop the connection; the next look opens a new one."""
@@ -269,8 +276,7 @@ class Monitor:
             try:
                 self.decide(record, watch, depths[record.run_id], fleets[record.run_id])
             except KubernetesRefused as error:
-                if str(error) not in watch.trouble:
-                    watch.trouble.add(str(error))
+                if watch.first(str(error)):
                     say("Kubernetes refused", logging.ERROR, run_id=record.run_id, error=error)
         self.mailbox.collect(0.1)
 
@@ -289,7 +295,7 @@ class Monitor:
         else:
             watch.quiet += 1
         self.show(record, watch, depth, fleet, workers)
-        if record.phase == Phase.STARTING or record.claim in self.orchestrator.failed:
+        if record.phase == Phase.STARTING or record.claim in self.orchestrator.to_undo:
             self.orchestrator.undo(record)
         elif record.phase == Phase.RESTARTING:
             self.agents.restart(record, self.registry.manifest(record.run_id))
@@ -327,8 +333,7 @@ class Monitor:
             watch.told = time.monotonic()
             self.agents.tell(record, record.phase, depth.ready)
         for cause, text in fleet.trouble.items():
-            if cause not in watch.trouble:
-                watch.trouble.add(cause)
+            if watch.first(cause):
                 say(f"agents {cause}", logging.WARNING, run_id=record.run_id, reason=text)
                 event = "".join(word.title() for word in f"agents-{cause}".split("-"))
                 self.agents.tell(record, record.phase, depth.ready, event, text)
@@ -416,8 +421,7 @@ class Monitor:
         self.mailbox.publish(record.run_id, "shutdown")
         watch.stopping = watch.stopping or time.monotonic()
         if fleet.live and time.monotonic() - watch.stopping > self.STOP_GRACE:
-            if "forced" not in watch.trouble:
-                watch.trouble.add("forced")
+            if watch.first("forced"):
                 say("agents ended by force", logging.WARNING, run_id=record.run_id, left=fleet.live)
             self.agents.end(record, fleet)
         return False
