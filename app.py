@@ -92,17 +92,17 @@ class Orchestrator:
         """
         registry, broker, agents = self.registry, self.broker, self.agents
         record = self.new_record(run)
-        job = manifest(run, record.claim, self.settings)
+        k8s_job = manifest(run, record.claim, self.settings)
         self.starting.add(record.claim)
         try:
             with self.step(broker, "look for the queue"):
                 queue = broker.look_once(run.run_id)
             with self.step(registry, "claim the run"):
-                registry.claim(record, job, queue_exists=not queue.missing)
+                registry.claim(record, k8s_job, queue_exists=not queue.missing)
             say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
             try:
                 with self.step(agents, "create the agents"):
-                    agents.create(record, job)
+                    agents.create(record, k8s_job)
                 with self.step(registry, "store the configs"):
                     registry.store_configs(run)
                 with self.step(broker, "send the jobs"), broker.connection() as connection:
@@ -112,7 +112,7 @@ class Orchestrator:
                 if running is None:
                     raise Failed(503, "another orchestrator undid this start; post it again")
                 with self.step(agents, "start the agents"):
-                    agents.start(record, job)
+                    agents.start(record, k8s_job)
             except BaseException:
                 self.to_undo.add(record.claim)
                 self.undo(record)
@@ -427,7 +427,7 @@ class Monitor:
         return False
 
     def kept(self, record: Record, depth: Depth, fleet: Fleet) -> bool:
-        """Whether the messages left are still kept: somebody may drop them, or the Job, earlier."""
+        """Whether the jobs left are still kept; deleting queue or Kubernetes Job ends that."""
         dropped = depth.missing or fleet.deleted
         return record.phase == Phase.FAILED and time.time() < record.until and not dropped
 
@@ -569,7 +569,7 @@ async def read_parts(
     return {name: bytes(form.parts.pop(name)) for name in list(form.parts)}
 
 
-def dry_run(orchestrator: Orchestrator, run: Run) -> Json:
+def dry_run(run: Run, settings: Settings) -> Json:
     """What a run would be, without anything being touched: its configs (16 MiB of them at most),
     its first ten job messages and its Kubernetes Job."""
     shown: list[Json] = []
@@ -580,8 +580,12 @@ def dry_run(orchestrator: Orchestrator, run: Run) -> Json:
             break
         shown.append(config)
     jobs = [job for job, _ in zip(run.jobs, range(10), strict=False)]
-    job = manifest(run, "", orchestrator.settings)
-    return {"dry_run": True, "agent_configs": shown, "job_messages": jobs, "kubernetes_job": job}
+    return {
+        "dry_run": True,
+        "agent_configs": shown,
+        "job_messages": jobs,
+        "kubernetes_job": manifest(run, "", settings),
+    }
 
 
 def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -615,7 +619,7 @@ async def start(request: Request) -> Response:
                 run = await run_in_threadpool(parse_run, parts, str(uuid.uuid4()), settings.limits)
                 extra: Json = {}
                 if dry in ("true", "1"):
-                    extra = await run_in_threadpool(dry_run, orchestrator, run)
+                    extra = await run_in_threadpool(dry_run, run, settings)
                 else:
                     await run_in_threadpool(orchestrator.start_run, run)
     except Invalid as invalid:

@@ -56,16 +56,16 @@ class Agents:
     refusals: tuple[type[Exception], ...] = ()  #: raised where the platform answers, and says no
     errors: tuple[type[Exception], ...] = ()  #: what the methods raise, `refusals` among them
 
-    def create(self, record: Record, job: Json) -> None:
+    def create(self, record: Record, k8s_job: Json) -> None:
         """Reserve what agents need, so that refusals come first; none runs yet."""
 
-    def start(self, record: Record, job: Json) -> None:
+    def start(self, record: Record, k8s_job: Json) -> None:
         """Let the agents run that `create` has prepared."""
         raise NotImplementedError
 
-    def restart(self, record: Record, job: Json) -> None:
+    def restart(self, record: Record, k8s_job: Json) -> None:
         """Put new agents in the place of those that have ended."""
-        self.start(record, job)
+        self.start(record, k8s_job)
 
     def look(self, records: list[Record]) -> dict[str, Fleet]:
         """What there is of each run's agents."""
@@ -253,7 +253,7 @@ class LocalAgents(Agents):
         self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}
         self.ending: dict[str, float] = {}  #: run id -> when SIGTERM was sent (monotonic seconds)
 
-    def start(self, record: Record, job: Json) -> None:
+    def start(self, record: Record, k8s_job: Json) -> None:
         """Start one process per index, with the environment that a pod would get.
 
         Called again, it goes on behind those that it has started, unless all have ended.
@@ -261,7 +261,7 @@ class LocalAgents(Agents):
         if self.by_hand:
             return
         base = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
-        [container] = job["spec"]["template"]["spec"]["containers"]
+        [container] = k8s_job["spec"]["template"]["spec"]["containers"]
         base |= {item["name"]: item["value"] for item in container["env"] if "value" in item}
         base["RABBITMQ_URL"] = self.rabbitmq_url
         started = self.processes.setdefault(record.run_id, [])
@@ -407,16 +407,18 @@ class KubernetesAgents(Agents):
             if not token:
                 return
 
-    def create(self, record: Record, job: Json) -> None:
+    def create(self, record: Record, k8s_job: Json) -> None:
         """Create the Job, suspended; unknown fields of the pod template are refused."""
-        self.seen[record.run_id] = self.call("POST", "jobs", job, [("fieldValidation", "Strict")])
+        self.seen[record.run_id] = self.call(
+            "POST", "jobs", k8s_job, [("fieldValidation", "Strict")]
+        )
 
-    def start(self, record: Record, job: Json) -> None:
+    def start(self, record: Record, k8s_job: Json) -> None:
         """Resume the Job."""
         self.patch(record, {"spec": {"suspend": False}, "metadata": notes(phase=Phase.RUNNING)})
         self.event(record, "Started", f"{record.jobs} jobs are queued for {record.agents} agents")
 
-    def restart(self, record: Record, job: Json) -> None:
+    def restart(self, record: Record, k8s_job: Json) -> None:
         """Replace the Job by a new one, unless that has been done."""
         for old in self.pages("jobs", ("labelSelector", f"{RUN_LABEL}={record.run_id}")):
             if old["metadata"]["annotations"][f"{ANNOTATION}restarts"] == str(record.restarts):
@@ -424,13 +426,13 @@ class KubernetesAgents(Agents):
                 return
             self.remove(old)
         noted = notes(phase=Phase.RUNNING, restarts=record.restarts)
-        self.create(record, merge.merge(job, {"spec": {"suspend": False}, "metadata": noted}))
+        self.create(record, merge.merge(k8s_job, {"spec": {"suspend": False}, "metadata": noted}))
         text = f"agents created anew for the jobs left, restart {record.restarts}"
         self.event(record, "Recreated", text, "Warning")
 
-    def remove(self, job: Json) -> None:
+    def remove(self, k8s_job: Json) -> None:
         """Delete this very Job and its pods, if it is still there."""
-        metadata = job["metadata"]
+        metadata = k8s_job["metadata"]
         body = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         try:
             self.call("DELETE", f"jobs/{metadata['name']}", body)
@@ -451,8 +453,8 @@ class KubernetesAgents(Agents):
         """List the Jobs at the interval that is set, and when one is missed."""
         wanted = [r.run_id for r in records if r.phase in (Phase.RUNNING, Phase.DRAINED)]
         if time.monotonic() >= self.next_look or not self.seen.keys() >= set(wanted):
-            jobs = self.pages("jobs", OURS)
-            self.seen = {job["metadata"]["labels"][RUN_LABEL]: job for job in jobs}
+            k8s_jobs = self.pages("jobs", OURS)
+            self.seen = {found["metadata"]["labels"][RUN_LABEL]: found for found in k8s_jobs}
             self.next_look = time.monotonic() + self.interval
         fleets = {record.run_id: self.fleet(record) for record in records}
         if time.monotonic() >= self.next_pods:
@@ -466,13 +468,13 @@ class KubernetesAgents(Agents):
 
     def fleet(self, record: Record) -> Fleet:
         """What a Job's status tells."""
-        job = self.seen.get(record.run_id)
-        if job is None or job["metadata"].get("deletionTimestamp"):
+        k8s_job = self.seen.get(record.run_id)
+        if k8s_job is None or k8s_job["metadata"].get("deletionTimestamp"):
             return Fleet(ended=True, deleted=True)
-        status: Json = job.get("status", {})
+        status: Json = k8s_job.get("status", {})
         true = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
         active, failed = status.get("active", 0), status.get("failed", 0)
-        noted = job["metadata"]["annotations"]
+        noted = k8s_job["metadata"]["annotations"]
         return Fleet(
             live=active,
             failed=failed,
@@ -481,7 +483,7 @@ class KubernetesAgents(Agents):
             hopeless=true.get("Failed", {}).get("reason") not in (None, "DeadlineExceeded")
             and not status.get("succeeded"),
             missed=int(noted.get(f"{ANNOTATION}missed", 0)),
-            suspended=job["spec"].get("suspend", False)
+            suspended=k8s_job["spec"].get("suspend", False)
             and noted[f"{ANNOTATION}phase"] == Phase.STARTING,
             trouble=self.trouble.get(record.run_id, {}),
         )
@@ -510,9 +512,9 @@ class KubernetesAgents(Agents):
 
     def delete(self, record: Record) -> None:
         """Delete the Job that this start of the run has created."""
-        for job in self.pages("jobs", ("labelSelector", f"{RUN_LABEL}={record.run_id}")):
-            if job["metadata"]["annotations"].get(f"{ANNOTATION}claim") == record.claim:
-                self.remove(job)
+        for k8s_job in self.pages("jobs", ("labelSelector", f"{RUN_LABEL}={record.run_id}")):
+            if k8s_job["metadata"]["annotations"].get(f"{ANNOTATION}claim") == record.claim:
+                self.remove(k8s_job)
         self.seen.pop(record.run_id, None)
 
     def tell(self, record: Record, phase: str, left: int, event: str = "", text: str = "") -> None:
