@@ -50,7 +50,7 @@ from fleet import (
 )
 from merge import Invalid, Json, Run, parse_run
 from registry import Failed, Phase, Record, Registry
-from settings import MIB, LogLine, Settings, contained, log, say
+from settings import MIB, Settings, configure_logging, contained, log, say
 
 # A run's life
 
@@ -725,16 +725,6 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             embedded.stdin.close()
             await run_in_threadpool(embedded.wait, 10)
         say("orchestrator stopped")
-
-
-def configure_logging(settings: Settings) -> None:
-    """One line per event on standard error, uvicorn's included; /health is not logged."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogLine(settings))
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    access = logging.getLogger("uvicorn.access")
-    access.addFilter(lambda record: " /health" not in record.getMessage())
-    logging.getLogger("amqp").setLevel(logging.WARNING)
 
 
 def make_app(settings: Settings) -> Starlette:

@@ -5,7 +5,6 @@ Both are made from the same manifest, so that an agent finds the same environmen
 
 import base64
 import contextlib
-import importlib
 import logging
 import os
 import shlex
@@ -343,9 +342,10 @@ class KubernetesAgents(Agents):
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError where there is neither a cluster around nor a kubeconfig."""
         # The client is large, and of no use to PLATFORM=local.
-        client = importlib.import_module("kubernetes.client")
-        config = importlib.import_module("kubernetes.config")
-        self.unreachable = importlib.import_module("urllib3.exceptions").HTTPError
+        from kubernetes import client, config
+        from urllib3.exceptions import HTTPError
+
+        self.unreachable = HTTPError
         namespace = "default"
         try:
             config.load_incluster_config()

@@ -1,6 +1,5 @@
 """What the operator sets, and how events are logged."""
 
-import importlib
 import json
 import logging
 import os
@@ -61,7 +60,8 @@ class Settings:
     max_columns: int = 1000
     max_depth: int = 64
     max_concurrent_starts: int = 4
-    pod_template: Json = field(default_factory=dict)  #: what AGENT_POD_TEMPLATE holds
+    #: What AGENT_POD_TEMPLATE holds; the last, as it is no variable of its own.
+    pod_template: Json = field(default_factory=dict)
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Settings":
@@ -140,7 +140,8 @@ def _read_file(name: str, path: str) -> str:
 
 def read_template(path: str) -> Json:
     """The operator's PodTemplateSpec, YAML or JSON. Raises ValueError that names the file."""
-    yaml = importlib.import_module("yaml")  # comes with the kubernetes client
+    import yaml  # it comes with the kubernetes client
+
     try:
         template = yaml.safe_load(_read_file("AGENT_POD_TEMPLATE", path)) or {}
     except yaml.YAMLError as error:
@@ -176,6 +177,16 @@ class LogLine(logging.Formatter):
         shown = {key: str(value) for key, value in line.items()}
         plain = (v if v and not set(v) & set(' "=\n') else json.dumps(v) for v in shown.values())
         return self.settings.scrub(" ".join(map("=".join, zip(shown, plain, strict=True))))
+
+
+def configure_logging(settings: Settings) -> None:
+    """One line per event on standard error, uvicorn's included; /health is not logged."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine(settings))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    access = logging.getLogger("uvicorn.access")
+    access.addFilter(lambda record: " /health" not in record.getMessage())
+    logging.getLogger("amqp").setLevel(logging.WARNING)
 
 
 def contained() -> bool:
