@@ -96,7 +96,7 @@ class Orchestrator:
         self.starting.add(record.claim)
         try:
             with self.step(broker, "look for the queue"):
-                queue = broker.look_once(run.run_id)
+                queue = broker.depth(run.run_id)
             with self.step(registry, "claim the run"):
                 registry.claim(record, k8s_job, queue_exists=not queue.missing)
             say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)

@@ -25,6 +25,7 @@ from merge import Json, Run
 from settings import AMQP, Settings
 
 TASK = "tasks.consume_message"
+WINDOW = 5000  # messages that may be sent ahead of their confirmation
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Broker:
         with contextlib.suppress(*self.errors):
             connection.release()
 
-    def look_once(self, run_id: str) -> Depth:
+    def depth(self, run_id: str) -> Depth:
         """Look at one queue; on a new connection where those that were kept have died."""
         while True:
             kept = bool(self.kept)
@@ -188,10 +189,8 @@ def run_queue(run_id: str) -> Queue:
     return Queue(run_id, Exchange(run_id), routing_key=run_id)
 
 
-def send_confirmed(
-    celery: Celery, channel: Any, run: Run, timeout: float, window: int = 5000
-) -> None:
-    """Publish the jobs of a run over AMQP with publisher confirms, at most `window` unconfirmed.
+def send_confirmed(celery: Celery, channel: Any, run: Run, timeout: float) -> None:
+    """Publish the jobs of a run over AMQP with publisher confirms, about `WINDOW` ahead of them.
 
     Raises `OperationalError` when the broker refuses one or is silent for `timeout` seconds.
     """
@@ -225,7 +224,7 @@ def send_confirmed(
         if len(buffer) > 65536:
             write(bytes(buffer))
             buffer.clear()
-            wait(window)
+            wait(WINDOW)
     write(bytes(buffer))
     wait(0)
 
