@@ -143,8 +143,8 @@ class Messages:
         message = self.default.copy()
         for column, cell in zip(self.columns, cells):  # noqa: B905 - a row may be short
             if text := cell.strip():
-                json = text[0] in "{["
-                message[column] = merge(message.get(column), _parsed(text, loads)) if json else text
+                value = _parsed(text, loads) if text[0] in "{[" else text
+                message[column] = merge(message.get(column), value)
         message[self.target] = index
         return message
 
@@ -646,7 +646,8 @@ def _check_columns(form: _Form, part: str, columns: list[str], line: int) -> boo
 def _has_odd_json(data: bytes) -> bool:
     """Whether JSON in a CSV may hold what cannot be sent on: large numbers, lone surrogates.
 
-    What is rare is looked for in the whole file at once, which costs its rows nothing.
+    What is rare is looked for in the whole file at once, which costs its rows nothing: 19 digits
+    in a row, an exponent of three, an escape by number.
     """
     zeros = data.translate(bytes.maketrans(b"123456789E", b"000000000e"), b"+")
     return b"0" * 19 in zeros or b"e000" in zeros or (b"\\" in zeros and b"\\u" in zeros)

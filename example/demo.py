@@ -68,7 +68,7 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
         print("  ".join(line).rstrip())
 
 
-def results(store: "redis.Redis", run_id: str) -> list[dict[str, Any]]:
+def results(store: redis.Redis, run_id: str) -> list[dict[str, Any]]:
     """Show what the jobs of a run have measured; returns it."""
     found = [json.loads(value) for value in store.hvals(f"example:{run_id}")]
     found.sort(key=lambda result: int(result["job"]))
@@ -103,15 +103,12 @@ def follow(url: str) -> int:
     for warning in answer["warnings"]:
         print(f"Warning: {warning}")
     # A dry run tells what agents would find in their environment: also where Redis is.
-    [container] = post(url, dry_run=True).json()["kubernetes_job"]["spec"]["template"]["spec"][
-        "containers"
-    ]
+    pod = post(url, dry_run=True).json()["kubernetes_job"]["spec"]["template"]
+    [container] = pod["spec"]["containers"]
     told = {item["name"]: item.get("value", "") for item in container["env"]}
     host, port = told["REDIS_HOST_VAR_ENV"], int(told["REDIS_PORT_VAR_ENV"])
-    store, begun = (
-        redis.Redis(host, port, socket_connect_timeout=2, socket_timeout=5),
-        time.monotonic(),
-    )
+    store = redis.Redis(host, port, socket_connect_timeout=2, socket_timeout=5)
+    begun = time.monotonic()
     shown = -1
     try:
         while store.hexists("armada:runs", run_id):
