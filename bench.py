@@ -41,6 +41,7 @@ from kombu.pidbox import Mailbox
 
 import app
 import merge
+from settings import Settings
 from test_app import Orchestrator, Servers, form, new_run_id, real, wait_for
 
 HERE = Path(__file__).parent
@@ -406,7 +407,7 @@ def taken_over(bench: Bench, orchestrator: Orchestrator, runs: int) -> app.Monit
     log = logging.getLogger("armada")
     log.addFilter(note)
     log.setLevel(logging.INFO)
-    settings = app.Settings.read({**real(bench.servers), "AGENT_COMMAND": ""})
+    settings = Settings.read({**real(bench.servers), "AGENT_COMMAND": ""})
     watching = app.Monitor(app.Orchestrator(settings))
     watching.tick()  # takes them over
     seen.clear()
