@@ -15,6 +15,8 @@ import tempfile
 
 import redis
 from celery import Celery
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 
 def install_requirements(folder: str) -> None:
@@ -43,7 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="agent-") as folder:
         install_requirements(folder)
         host, port = os.environ["REDIS_HOST_VAR_ENV"], int(os.environ["REDIS_PORT_VAR_ENV"])
-        stored = redis.Redis(host, port, socket_timeout=30).get(f"{run_id}{index}")
+        # Some minutes of patience: Redis may just be starting again.
+        retry = Retry(ConstantBackoff(5), 60)
+        stored = redis.Redis(host, port, socket_timeout=30, retry=retry).get(f"{run_id}{index}")
         if stored is None:
             raise SystemExit(f"no config {run_id}{index} in Redis at {host}:{port}")
         config = json.loads(stored)

@@ -131,8 +131,9 @@ class Orchestrator:
             yield
         except self.errors as error:
             status = 502 if isinstance(error, self.refusals) else 503
-            if isinstance(error, KubernetesRefused) and error.status == 409:
-                status = 409  # a Kubernetes Job of that name exists
+            if isinstance(error, KubernetesRefused):
+                # A Kubernetes Job of that name exists; or the API server has no time now.
+                status = {409: 409, 429: 503, 503: 503, 504: 503}.get(error.status, 502)
             verb = "refused to" if status != 503 else "could not be reached in time to"
             detail = f"{dependency.name} {verb} {doing}: {error or type(error).__name__}"
             raise Failed(status, self.settings.scrub(f"{detail}; nothing was started")) from error
@@ -146,6 +147,10 @@ class Orchestrator:
             if current and mine and current.phase != Phase.STARTING:
                 self.registry.update(current, phase=Phase.STARTING)
             self.agents.delete(record)
+            if self.broker.depth(record.run_id).consumers:
+                # Agents that are ending would declare the queue again: not before they have.
+                say("run to be undone", run_id=record.run_id, reason="agents are still ending")
+                return
             if current is None or mine:
                 with self.broker.connection() as connection:
                     self.broker.forget(connection, record.run_id)
@@ -219,7 +224,6 @@ class Monitor:
     def tick(self) -> None:
         """Look at every run of this process once. Trouble with a dependency is said once."""
         try:
-            self.registry.beat(self.orchestrator.id)
             records = [r for record in self.registry.records() if (r := self.mine(record))]
             claims = {record.claim for record in records}
             self.watches = {c: watch for c, watch in self.watches.items() if c in claims}
@@ -275,9 +279,14 @@ class Monitor:
             watch = self.watches.setdefault(record.claim, Watch())
             try:
                 self.decide(record, watch, depths[record.run_id], fleets[record.run_id])
-            except KubernetesRefused as error:
+            except Exception as error:  # of one run: the others go on
+                if isinstance(error, self.orchestrator.errors) and not isinstance(
+                    error, KubernetesRefused
+                ):
+                    raise
                 if watch.first(str(error)):
-                    say("Kubernetes refused", logging.ERROR, run_id=record.run_id, error=error)
+                    text = f"{type(error).__name__}: {error}"
+                    say("run cannot go on", logging.ERROR, run_id=record.run_id, error=text)
         self.mailbox.collect(0.1)
 
     def answered(self, record: Record) -> bool:
@@ -298,18 +307,24 @@ class Monitor:
         if record.phase == Phase.STARTING or record.claim in self.orchestrator.to_undo:
             self.orchestrator.undo(record)
         elif record.phase == Phase.RESTARTING:
-            self.agents.restart(record, self.registry.manifest(record.run_id))
+            k8s_job = self.registry.manifest(record.run_id)
+            if k8s_job is None:
+                self.fail(record, fleet, depth.ready, "what its agents are made from was changed")
+                return
+            self.agents.restart(record, k8s_job)
             watch.quiet = 0
             self.registry.update(record, phase=Phase.RUNNING)
         elif fleet.deleted and record.phase == Phase.RUNNING and (depth.ready or workers):
             self.registry.update(record, phase=Phase.CANCELLED)
+            self.broker.purge(record.run_id)
+        elif record.phase == Phase.CANCELLED and depth.ready:
             self.broker.purge(record.run_id)
         elif record.phase == Phase.RUNNING:
             self.drain(record, watch, depth, fleet, workers)
         elif record.phase == Phase.DRAINED and depth.ready:
             # Who is ending neither consumes nor answers, and may have been killed in its last job.
             say("jobs came back", logging.WARNING, run_id=record.run_id, jobs=depth.ready)
-            watch.stopping = 0.0
+            watch.idle, watch.stopping = 0, 0.0
             self.registry.update(record, phase=Phase.RUNNING)
         elif self.stop(record, watch, depth, fleet) and not self.kept(record, depth, fleet):
             self.finish(record, depth, fleet)
@@ -343,7 +358,7 @@ class Monitor:
         assert self.mailbox is not None
         run_id = record.run_id
         if fleet.suspended:
-            self.agents.start(record, self.registry.manifest(run_id))
+            self.agents.start(record, self.registry.manifest(run_id) or {})
         elif depth.missing and self.broker.amqp:
             self.fail(record, fleet, 0, "its queue is gone, and with it the jobs that were left")
         elif self.idle(record, watch, depth, workers):
@@ -352,7 +367,9 @@ class Monitor:
                 self.agents.tell(record, Phase.DRAINED, 0, "Drained", "every job was consumed")
                 self.mailbox.publish(run_id, "shutdown")
         elif self.ended(watch, fleet) and (left := depth.ready + self.give_back(record)):
-            if fleet.hopeless or record.restarts >= self.settings.max_restarts:
+            # Once they are given another chance: Redis may have been away while they started.
+            hopeless = fleet.hopeless and record.restarts
+            if hopeless or record.restarts >= self.settings.max_restarts:
                 cause = f"{fleet.failed} agents failed" if fleet.failed else "its agents ended"
                 self.fail(record, fleet, left, cause)
             else:
@@ -371,8 +388,11 @@ class Monitor:
         if not workers and not depth.ready:
             watch.idle += 1
         elif asked and workers == asked.workers and not depth.ready:
-            if not (asked.complete or asked.busy) and now - asked.opened < self.ROUND:
-                return False
+            if not (asked.complete or asked.busy):
+                if now - asked.opened < self.ROUND:
+                    return False
+                if watch.first("silent"):
+                    say("workers do not answer", logging.WARNING, run_id=record.run_id)
             watch.idle = watch.idle + 1 if asked.complete and not asked.busy else 0
         else:
             watch.idle = 0
@@ -420,7 +440,7 @@ class Monitor:
             return True
         self.mailbox.publish(record.run_id, "shutdown")
         watch.stopping = watch.stopping or time.monotonic()
-        if fleet.live and time.monotonic() - watch.stopping > self.STOP_GRACE:
+        if not fleet.ended and time.monotonic() - watch.stopping > self.STOP_GRACE:
             if watch.first("forced"):
                 say("agents ended by force", logging.WARNING, run_id=record.run_id, left=fleet.live)
             self.agents.end(record, fleet)
@@ -434,6 +454,9 @@ class Monitor:
     def finish(self, record: Record, depth: Depth, fleet: Fleet) -> None:
         """Leave nothing of a run that is over, but what its platform keeps for inspection."""
         assert self.connection is not None
+        current = self.registry.get(record.run_id)
+        if current is None or current.claim != record.claim:
+            return  # another orchestrator has finished it
         phase, event = record.phase, ""
         text = f"{record.jobs} jobs were consumed, {record.agents} agents have ended"
         if phase == Phase.DRAINED:
@@ -601,7 +624,7 @@ def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None =
 
 def authorized(request: Request, token: str) -> bool:
     """Whether a request carries the token, where there is one."""
-    given = request.headers.get("authorization", "").encode()
+    given = request.headers.get("authorization", "").encode("latin-1")  # as it came
     return not token or hmac.compare_digest(given, b"Bearer " + token.encode())
 
 
@@ -642,7 +665,9 @@ async def health(request: Request) -> Response:
     """`GET /health`: this process serves. `GET /health?ready`: so do its dependencies."""
     if "ready" not in request.query_params:
         return answer({"status": "ok"})
-    failing = await run_in_threadpool(request.app.state.orchestrator.failing)
+    state = request.app.state
+    async with state.readiness:  # one thread at a time, however many ask
+        failing = await run_in_threadpool(state.orchestrator.failing)
     if failing:
         return answer({"status": "not ready", "failing": failing}, 503)
     return answer({"status": "ready"})
@@ -666,6 +691,15 @@ async def watch_runs(monitor: Monitor) -> None:
         except Exception:  # a fault in one look must not end the monitor: it is logged whole
             log.exception("monitor failed")
         await asyncio.sleep(monitor.settings.monitor_interval_ms / 1000)
+
+
+async def keep_alive(orchestrator: Orchestrator) -> None:
+    """Say that this process lives, however long a look at the runs takes."""
+    registry = orchestrator.registry
+    while True:
+        with contextlib.suppress(*registry.errors):
+            await run_in_threadpool(registry.beat, orchestrator.id)
+        await asyncio.sleep(registry.OWNER_SECONDS / 5)
 
 
 def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
@@ -716,13 +750,16 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     app.state.orchestrator = orchestrator
     app.state.starts = asyncio.Semaphore(settings.max_concurrent_starts)
     app.state.held = 0
-    monitor = asyncio.create_task(watch_runs(Monitor(orchestrator)))
+    app.state.readiness = asyncio.Lock()
+    loops = watch_runs(Monitor(orchestrator)), keep_alive(orchestrator)
+    tasks = [asyncio.create_task(loop) for loop in loops]
     try:
         yield
     finally:
-        monitor.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await monitor
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
         await run_in_threadpool(orchestrator.close)
         if embedded is not None and embedded.stdin is not None:
             embedded.stdin.close()

@@ -6,6 +6,8 @@ by the control messages that every Celery worker understands.
 
 import contextlib
 import json
+import logging
+import socket
 import struct
 import time
 import uuid
@@ -18,13 +20,12 @@ import redis
 from celery import Celery
 from celery.utils.saferepr import saferepr
 from kombu import Connection, Consumer, Exchange, Producer, Queue
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ContentDisallowed, OperationalError, SerializationError
 
 import merge
 from merge import Json, Run
-from settings import AMQP, Settings
+from settings import AMQP, Settings, say
 
-TASK = "tasks.consume_message"
 WINDOW = 5000  # messages that may be sent ahead of their confirmation
 
 
@@ -47,9 +48,12 @@ class Broker:
         url, self.timeout = settings.rabbitmq_url, settings.timeout
         self.celery = Celery("armada", broker=url, set_as_current=False)
         self.amqp = url.startswith(AMQP)
-        limits = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
+        limits: Json = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
         if self.amqp:
             limits = {"read_timeout": self.timeout, "write_timeout": self.timeout}
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # In amqp's own, one second, a busy broker need not read anything.
+                limits["socket_settings"] = {socket.TCP_USER_TIMEOUT: self.timeout * 1000}
         self.celery.conf.update(
             broker_transport_options=limits,
             broker_connection_timeout=min(self.timeout, 5),
@@ -118,7 +122,8 @@ class Broker:
                 found = channel.queue_declare(run_id, passive=True)
                 depths[run_id] = Depth(found.message_count, found.consumer_count)
             except self.refusals as error:
-                if str(getattr(error, "reply_code", "")) != "404":
+                # A cluster answers 404 as well where the node that holds the queue is down.
+                if str(getattr(error, "reply_code", "")) != "404" or "no queue" not in str(error):
                     raise
                 depths[run_id] = Depth(missing=True)
                 channel = connection.channel()  # the broker closes the channel that it refuses on
@@ -139,7 +144,7 @@ class Broker:
             producer = Producer(channel)
             with producer.batch():
                 for job in run.jobs:
-                    self.celery.send_task(TASK, args=[job], queue=queue, producer=producer)
+                    self.celery.send_task(merge.TASK, args=[job], queue=queue, producer=producer)
         channel.close()
 
     def purge(self, run_id: str) -> None:
@@ -239,7 +244,7 @@ def job_frames(celery: Celery, channel: Any, run: Run) -> Iterator[bytes]:
     captured: list[Any] = []
     channel.basic_publish = lambda message, **_: captured.append(message)
     celery.send_task(
-        TASK,
+        merge.TASK,
         args=[argument],
         task_id=task_id,
         argsrepr=shown,
@@ -350,7 +355,7 @@ class Mailbox:
         self.rounds: dict[str, Round] = {}  # by ticket
         self.answers = Queue(f"armada.{uuid.uuid4()}", exclusive=True, auto_delete=True)
         self.consumer = Consumer(
-            channel, [self.answers], accept=["json"], no_ack=True, on_message=self.receive
+            channel, [self.answers], accept=["json", "yaml"], no_ack=True, on_message=self.receive
         )
         self.consumer.consume()
 
@@ -386,7 +391,11 @@ class Mailbox:
         """Note an answer; answers to rounds that are closed are dropped."""
         if asked := self.rounds.get(message.headers.get("ticket", "")):
             asked.answers += 1
-            asked.busy |= any(message.decode().values())
+            try:
+                asked.busy |= any(message.decode().values())
+            except (ContentDisallowed, SerializationError) as error:
+                asked.busy = True  # not known to be idle
+                say("an answer cannot be read", logging.WARNING, error=error)
 
     def collect(self, seconds: float) -> None:
         """Take answers until all questions are answered, or none has come for so long."""

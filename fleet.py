@@ -363,7 +363,7 @@ class KubernetesAgents(Agents):
         self.client = client.ApiClient(configuration)
         self.timeout, self.interval = settings.timeout, settings.kubernetes_interval_ms / 1000
         self.namespace = settings.namespace or namespace
-        self.seen: dict[str, Json] = {}  #: run id -> its Kubernetes Job when last looked at
+        self.seen: dict[str, Json] = {}  #: Kubernetes Jobs by name, as they were last looked at
         self.trouble: dict[str, dict[str, str]] = {}
         self.next_look = self.next_pods = 0.0  #: monotonic seconds
 
@@ -409,7 +409,7 @@ class KubernetesAgents(Agents):
 
     def create(self, record: Record, k8s_job: Json) -> None:
         """Create the Job, suspended; unknown fields of the pod template are refused."""
-        self.seen[record.run_id] = self.call(
+        self.seen[record.k8s_job] = self.call(
             "POST", "jobs", k8s_job, [("fieldValidation", "Strict")]
         )
 
@@ -421,8 +421,11 @@ class KubernetesAgents(Agents):
     def restart(self, record: Record, k8s_job: Json) -> None:
         """Replace the Job by a new one, unless that has been done."""
         for old in self.pages("jobs", ("labelSelector", f"{RUN_LABEL}={record.run_id}")):
-            if old["metadata"]["annotations"][f"{ANNOTATION}restarts"] == str(record.restarts):
-                self.seen[record.run_id] = old
+            noted = old["metadata"].get("annotations", {})
+            if noted.get(f"{ANNOTATION}claim") != record.claim:
+                continue
+            if noted.get(f"{ANNOTATION}restarts") == str(record.restarts):
+                self.seen[record.k8s_job] = old
                 return
             self.remove(old)
         noted = notes(phase=Phase.RUNNING, restarts=record.restarts)
@@ -442,19 +445,21 @@ class KubernetesAgents(Agents):
 
     def patch(self, record: Record, changes: Json) -> None:
         """Change a run's Job, if it is still there."""
+        name = record.k8s_job
+        if name not in self.seen:
+            return
         try:
-            path = f"jobs/{record.k8s_job}"
-            self.seen[record.run_id] = self.call("PATCH", path, changes)
+            self.seen[name] = self.call("PATCH", f"jobs/{name}", changes)
         except KubernetesRefused as error:
             if error.status != 404:
                 raise
 
     def look(self, records: list[Record]) -> dict[str, Fleet]:
         """List the Jobs at the interval that is set, and when one is missed."""
-        wanted = [r.run_id for r in records if r.phase in (Phase.RUNNING, Phase.DRAINED)]
+        wanted = [r.k8s_job for r in records if r.phase in (Phase.RUNNING, Phase.DRAINED)]
         if time.monotonic() >= self.next_look or not self.seen.keys() >= set(wanted):
             k8s_jobs = self.pages("jobs", OURS)
-            self.seen = {found["metadata"]["labels"][RUN_LABEL]: found for found in k8s_jobs}
+            self.seen = {found["metadata"]["name"]: found for found in k8s_jobs}
             self.next_look = time.monotonic() + self.interval
         fleets = {record.run_id: self.fleet(record) for record in records}
         if time.monotonic() >= self.next_pods:
@@ -468,13 +473,13 @@ class KubernetesAgents(Agents):
 
     def fleet(self, record: Record) -> Fleet:
         """What a Job's status tells."""
-        k8s_job = self.seen.get(record.run_id)
+        k8s_job = self.seen.get(record.k8s_job)
         if k8s_job is None or k8s_job["metadata"].get("deletionTimestamp"):
             return Fleet(ended=True, deleted=True)
         status: Json = k8s_job.get("status", {})
         true = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
         active, failed = status.get("active", 0), status.get("failed", 0)
-        noted = k8s_job["metadata"]["annotations"]
+        noted = k8s_job["metadata"].get("annotations", {})
         return Fleet(
             live=active,
             failed=failed,
@@ -484,7 +489,7 @@ class KubernetesAgents(Agents):
             and not status.get("succeeded"),
             missed=int(noted.get(f"{ANNOTATION}missed", 0)),
             suspended=k8s_job["spec"].get("suspend", False)
-            and noted[f"{ANNOTATION}phase"] == Phase.STARTING,
+            and noted.get(f"{ANNOTATION}phase") == Phase.STARTING,
             trouble=self.trouble.get(record.run_id, {}),
         )
 
@@ -506,16 +511,20 @@ class KubernetesAgents(Agents):
 
     def end(self, record: Record, fleet: Fleet) -> None:
         """Have the Job controller end the pods; the Job then says DeadlineExceeded."""
-        if "activeDeadlineSeconds" not in self.seen[record.run_id]["spec"]:
+        k8s_job = self.seen[record.k8s_job]
+        if k8s_job["spec"].get("suspend"):
+            self.remove(k8s_job)  # a Job that somebody has suspended knows no deadline
+        elif "activeDeadlineSeconds" not in k8s_job["spec"]:
             noted = notes(missed=fleet.unready)
             self.patch(record, {"spec": {"activeDeadlineSeconds": 1}, "metadata": noted})
 
     def delete(self, record: Record) -> None:
         """Delete the Job that this start of the run has created."""
         for k8s_job in self.pages("jobs", ("labelSelector", f"{RUN_LABEL}={record.run_id}")):
-            if k8s_job["metadata"]["annotations"].get(f"{ANNOTATION}claim") == record.claim:
+            noted = k8s_job["metadata"].get("annotations", {})
+            if noted.get(f"{ANNOTATION}claim") == record.claim:
                 self.remove(k8s_job)
-        self.seen.pop(record.run_id, None)
+        self.seen.pop(record.k8s_job, None)
 
     def tell(self, record: Record, phase: str, left: int, event: str = "", text: str = "") -> None:
         """Annotations on the Job, and an Event."""
@@ -529,7 +538,7 @@ class KubernetesAgents(Agents):
 
     def event(self, record: Record, reason: str, text: str, kind: str = "Normal") -> None:
         """An Event on the Job. One that the API refuses is not worth a run."""
-        metadata = self.seen.get(record.run_id, {}).get("metadata", {})
+        metadata = self.seen.get(record.k8s_job, {}).get("metadata", {})
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         body = {
             "metadata": {"generateName": f"{record.k8s_job}."},
@@ -555,7 +564,7 @@ class KubernetesAgents(Agents):
 
     def forget(self, record: Record) -> None:
         """The Job stays for a while, for inspection."""
-        self.seen.pop(record.run_id, None)
+        self.seen.pop(record.k8s_job, None)
 
     def check(self) -> None:
         """List one Job."""

@@ -30,6 +30,7 @@ PARTS = (
     "requirements_txt",
     "configtune",
 )
+TASK = "tasks.consume_message"  # that agents' scripts register, and that jobs are sent to
 MAX_PROBLEMS = 1000  # an answer lists as many; a file with more has one cause, not a thousand
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -491,6 +492,9 @@ def _with_code(form: _Form, config: Json | None, ending: str) -> Json:
     script = form.text("python_code")
     if script and script.strip():
         if _check_code(form, script, "python_code"):
+            if TASK not in script:
+                message = f"python_code: the script never names {TASK}; will agents know the jobs?"
+                form.warnings.append(message)
             return {**(config or {}), "code": script + ending}
     elif script is not None and config is not None:
         name, code = "default_agent_message.code", config.get("code")
@@ -540,6 +544,9 @@ def _read_overrides(form: _Form, messages: Messages, ending: str) -> None:
         return
     width, careful = len(columns), _has_odd_json(form.parts[part])
     column = columns.index(target) if target in columns else None
+    if column is None and (like := [name for name in columns if name.startswith("target")]):
+        message = f"{part}: {like[0]!r} is taken for a key of the message; rows are selected by"
+        form.warnings.append(f"{message} {target!r}, and here by their position")
     code = columns.index("code") if part == "data_agent" and "code" in columns else None
     # A character of a cell makes at most six of JSON, and a level takes two characters: rows that
     # are shorter need not be merged to see that their message is within the limits.

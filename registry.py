@@ -1,6 +1,7 @@
 """Redis: the runs there are, their agents' configs, and which orchestrators are alive."""
 
-from dataclasses import asdict, dataclass, replace
+import hmac
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -58,7 +59,8 @@ class Record:
     def load(data: bytes | str) -> "Record":
         """The inverse of `dump`."""
         stored = orjson.loads(data)
-        return Record(**stored | {"phase": Phase(stored["phase"])})
+        known = {each.name: stored[each.name] for each in fields(Record) if each.name in stored}
+        return Record(**known | {"phase": Phase(stored["phase"])})
 
 
 class Registry:
@@ -76,6 +78,7 @@ class Registry:
     errors: tuple[type[Exception], ...] = (redis.RedisError,)
 
     def __init__(self, settings: Settings) -> None:
+        self.key = settings.api_token.encode()
         self.name = f"Redis at {settings.redis_host}:{settings.redis_port}"
         self.redis = redis.Redis(
             host=settings.redis_host,
@@ -104,7 +107,8 @@ class Registry:
                 raise Failed(409, f"{detail}; nothing was changed, choose another run_id")
             pipe.multi()
             pipe.hset(self.RUNS, record.run_id, record.dump())
-            pipe.set(self.MANIFEST + record.run_id, orjson.dumps(manifest))
+            pipe.set(self.MANIFEST + record.run_id, self.sealed(orjson.dumps(manifest)))
+            pipe.set(self.OWNER + record.owner, "1", ex=self.OWNER_SECONDS)
 
         self.redis.transaction(enter, self.RUNS)
 
@@ -133,10 +137,21 @@ class Registry:
         data = self.redis.hget(self.RUNS, run_id)
         return Record.load(data) if data else None
 
-    def manifest(self, run_id: str) -> Json:
-        """The Kubernetes Job that a run's agents are made from."""
-        stored: Json = orjson.loads(self.redis.get(self.MANIFEST + run_id) or b"{}")
-        return stored
+    def manifest(self, run_id: str) -> Json | None:
+        """The Kubernetes Job that a run's agents are made from; None where it was tampered with.
+
+        Agents can write into this Redis, and must not say what pods are created.
+        """
+        stored: Any = self.redis.get(self.MANIFEST + run_id) or b""
+        data = stored[64:]
+        if not hmac.compare_digest(self.sealed(data), stored):
+            return None
+        manifest: Json = orjson.loads(data)
+        return manifest
+
+    def sealed(self, data: bytes) -> bytes:
+        """`data` behind its HMAC, by a key that agents do not have: the API token."""
+        return hmac.new(self.key, data, "sha256").hexdigest().encode() + data
 
     def store_configs(self, run: Run) -> None:
         """Write the agent configs, a few MiB at a time."""

@@ -604,6 +604,14 @@ def test_a_column_counted_from_one_is_read_so_with_a_warning() -> None:
     assert "counted from 1" in run.warnings[0]
 
 
+def test_what_is_probably_a_slip_is_taken_as_it_stands_with_a_warning() -> None:
+    run = parsed(jobs_csv="target_job,v\n5,a\n", script="print('no task')")
+    assert next(iter(run.jobs))["target_job"] == "5"
+    script, column = run.warnings
+    assert "never names tasks.consume_message" in script
+    assert "'target_job'" in column and "'targetted_job'" in column
+
+
 def test_rows_outside_the_count_are_ignored_with_a_warning() -> None:
     run = parsed(jobs_csv="targetted_job,v\n0,a\n6,b\n9,c\n-1,d\n,\n")
     assert [job.get("v") for job in run.jobs] == ["a", None, None, None, None, None]
@@ -2898,7 +2906,7 @@ REFUSALS: dict[str, tuple[str, Refusal, int]] = {
     "invalid": ("create jobs", Refusal(422, "Invalid", "spec.template: Invalid value"), 502),
     "taken": ("create jobs", Refusal(409, "AlreadyExists", "jobs.batch agent-r already"), 409),
     "broken": ("create jobs", Refusal(500, "InternalError", "failed calling webhook"), 502),
-    "unavailable": ("create jobs", Refusal(503, "ServiceUnavailable", "starting up"), 502),
+    "unavailable": ("create jobs", Refusal(503, "ServiceUnavailable", "starting up"), 503),
     "no right to resume": ("patch jobs", Refusal(403, "Forbidden", "cannot patch resource"), 502),
     "broken at resume": ("patch jobs", Refusal(500, "InternalError", "etcdserver: time out"), 502),
 }
@@ -3061,8 +3069,8 @@ def test_a_run_whose_agents_all_crash_fails_and_keeps_its_jobs_until_its_kuberne
     assert cluster.annotation(run_id, "jobs-left") == "6"
     [failed] = orchestrator.events("run failed")
     assert failed["jobs_left"] == ready(servers, run_id) == 6
-    assert cluster.calls.count("create jobs") == 1
-    assert len(cluster.processes) == 8  # each index once, and three times more
+    assert cluster.calls.count("create jobs") == 2  # a second chance, and no third
+    assert len(cluster.processes) == 16  # each index once, and three times more, twice
     cluster.delete(run_id)
     wait_for("the end of what was kept", lambda: not left_of(servers, run_id))
     assert not orchestrator.events("run cancelled")
