@@ -409,9 +409,8 @@ def taken_over(bench: Bench, orchestrator: Orchestrator, runs: int) -> app.Monit
     log.setLevel(logging.INFO)
     settings = Settings.read({**real(bench.servers), "AGENT_COMMAND": ""})
     watching = app.Monitor(app.Orchestrator(settings))
-    watching.tick()  # takes them over
-    seen.clear()
-    watching.tick()  # logs the progress of each
+    watching.tick()  # takes them over, and logs the progress of each
+    watching.tick()
     log.removeFilter(note)
     assert len(seen) == runs, f"the monitor looked at {len(seen)} runs of {runs}"
     return watching
