@@ -199,25 +199,26 @@ def _named(value: Any) -> bool:
 
 #: Runs a command in a process group and a temporary folder of its own, and ends the whole group
 #: when the command ends or when its own standard input does: with the orchestrator, however that
-#: ends. SIGTERM is handed on.
+#: ends. SIGTERM is handed on to the command alone, as in a pod: a worker ends the process that does
+#: its job when that is done, and takes a job whose process was ended by a signal for a failed one.
 GUARD = """
 import os, signal, subprocess, sys, tempfile, threading
 with tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True) as folder:
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True,
                                env={**os.environ, "TMPDIR": folder})
-    def end(number):
+    def end():
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    signal.signal(signal.SIGTERM, lambda *_: end(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     def guard():
         sys.stdin.buffer.read()
-        end(signal.SIGKILL)
+        end()
     threading.Thread(target=guard, daemon=True).start()
     code = process.wait()
-    end(signal.SIGKILL)
+    end()
 os._exit(code if code >= 0 else 128 - code)
 """
 
