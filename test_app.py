@@ -367,14 +367,16 @@ def assert_done(orchestrator: Orchestrator, run_id: str, jobs: int, exactly: boo
     assert_nothing_left(orchestrator, run_id)
 
 
+def agents_of(run_id: str) -> list[psutil.Process]:
+    """What is in the process table of a run."""
+    processes = psutil.process_iter(["environ"])
+    return [p for p in processes if (p.info["environ"] or {}).get("RUN_ID") == run_id]
+
+
 def assert_nothing_left(orchestrator: Orchestrator, run_id: str) -> None:
     """The process table, Redis and the broker are empty of a run."""
     wait_for(f"{run_id} to be forgotten", lambda: ended(orchestrator, run_id))
-    processes = psutil.process_iter(["cmdline", "environ"])
-    agents = [
-        p.info["cmdline"] for p in processes if (p.info["environ"] or {}).get("RUN_ID") == run_id
-    ]
-    assert not agents
+    assert not agents_of(run_id)
     results = {f"{kind}:{run_id}" for kind in ("done", "begun", "by", "tried")}
     assert set(orchestrator.store().keys(f"*{run_id}*")) <= results
     if url := orchestrator.environment.get("RABBITMQ_URL"):
@@ -1851,7 +1853,7 @@ def test_a_post_is_finished_by_an_orchestrator_that_is_told_to_stop(
 
     proxied.at("send the jobs", run_id, hold)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(orchestrator.post, run={"run_id": run_id})
+        first = pool.submit(orchestrator.post, run={"run_id": run_id}, job={"seconds": 1})
         assert held.wait(60)
         assert orchestrator.post(run={"run_id": run_id}).status_code == 409
         orchestrator.running.terminate()
@@ -1860,6 +1862,11 @@ def test_a_post_is_finished_by_an_orchestrator_that_is_told_to_stop(
         assert first.result().status_code == 200
     assert orchestrator.process and orchestrator.process.wait(60) == 0
     assert orchestrator.events("orchestrator stopped")
+    assert not agents_of(run_id)
+    orchestrator.start()
+    wait_for("a job", lambda: orchestrator.store().hgetall(f"begun:{run_id}"))
+    orchestrator.stop()
+    assert not agents_of(run_id)
     orchestrator.start()
     assert_done(orchestrator, run_id, 6)
 
