@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 import redis
+from amqp import spec
 from celery import Celery
 from celery.utils.saferepr import saferepr
 from kombu import Connection, Consumer, Exchange, Producer, Queue
@@ -115,19 +116,30 @@ class Broker:
                     raise
 
     def look(self, connection: Connection, run_ids: Iterable[str]) -> dict[str, Depth]:
-        """Look at queues: one passive declare each."""
-        depths, channel = {}, connection.channel()
-        for run_id in run_ids:
+        """Look at queues: one passive declare each, all sent before the first answer is awaited."""
+        depths: dict[str, Depth] = {}
+        left = list(run_ids)
+        while left:
+            channel = connection.channel()
+            if self.amqp:
+                for run_id in left:
+                    arguments: Any = (0, run_id, True, False, False, False, False, {})
+                    channel.send_method(spec.Queue.Declare, "BsbbbbbF", arguments)
             try:
-                found = channel.queue_declare(run_id, passive=True)
-                depths[run_id] = Depth(found.message_count, found.consumer_count)
+                for run_id in left:
+                    if self.amqp:
+                        found = channel.wait(spec.Queue.DeclareOk, returns_tuple=True)[1:]
+                    else:
+                        found = channel.queue_declare(run_id, passive=True)[1:]
+                    depths[run_id] = Depth(*found)
+                channel.close()
             except self.refusals as error:
                 # A cluster answers 404 as well where the node that holds the queue is down.
                 if str(getattr(error, "reply_code", "")) != "404" or "no queue" not in str(error):
                     raise
                 depths[run_id] = Depth(missing=True)
-                channel = connection.channel()  # the broker closes the channel that it refuses on
-        channel.close()
+            # The broker closes the channel that it refuses on: the others are asked on a new one.
+            left = [run_id for run_id in left if run_id not in depths]
         return depths
 
     def send_jobs(self, connection: Connection, run: Run) -> None:

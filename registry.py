@@ -59,8 +59,12 @@ class Record:
     def load(data: bytes | str) -> "Record":
         """The inverse of `dump`."""
         stored = orjson.loads(data)
-        known = {each.name: stored[each.name] for each in fields(Record) if each.name in stored}
-        return Record(**known | {"phase": Phase(stored["phase"])})
+        stored["phase"] = Phase(stored["phase"])
+        try:
+            return Record(**stored)
+        except TypeError:  # written by a version that knows more
+            names = {each.name for each in fields(Record)}
+            return Record(**{name: stored[name] for name in names & stored.keys()})
 
 
 class Registry:
