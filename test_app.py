@@ -322,6 +322,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Orchestrator]]:
         below = made.pids() if made.process.poll() is None else []
         made.stop()
         wait_for_the_end_of(below)
+        assert not made.events("monitor failed")
 
 
 def wait_for_the_end_of(pids: list[int]) -> None:
@@ -1595,6 +1596,7 @@ def shared(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield made
     made.orchestrator.stop()
     own.kill_redis()
+    assert not made.orchestrator.events("monitor failed")
 
 
 @pytest.mark.servers
@@ -3379,16 +3381,18 @@ class Soak:
     def count(self) -> bool:
         lost = wrong = 0
         for run_id, (jobs, post) in self.posts.items():
-            done, status = self.store().hkeys(f"done:{run_id}"), post.result()
-            answer = {200: "200", 0: "unanswered"}.get(status, "refused")
+            answer = {200: "done", 503: "refused", 0: "unanswered"}[post.result()]
             self.did[answer] += 1
-            left = {str(index) for index in range(jobs)} - set(done)
-            if (left and (done or answer == "200")) or (done and answer == "refused"):
-                print(f"{run_id} was {answer}, and jobs {' '.join(left)[:80]} were not done")
+            done = set(self.store().hkeys(f"done:{run_id}"))
+            left = {str(index) for index in range(jobs)} - done
+            wrongs = {"done": left, "refused": done, "unanswered": left and done}[answer]
+            if wrongs:
+                print(f"{run_id} was to be {answer}: {len(left)} jobs left, {len(done)} done")
                 lost, wrong = lost + len(left), wrong + 1
             assert_nothing_left(self.orchestrators[0], run_id)
+        wrong += sum(len(one.events("monitor failed")) for one in self.orchestrators)
         print(dict(self.did))
-        print(f"{lost} jobs lost, {wrong} runs neither done nor undone")
+        print(f"{lost} jobs lost, {wrong} faults")
         return not wrong
 
     def stop(self) -> None:
