@@ -55,6 +55,7 @@ import broker as broker_module
 import fleet
 import merge
 from merge import Invalid, Json, Limits, Run, parse_run
+from registry import Phase, Record, Registry
 from settings import Settings
 
 HERE = Path(__file__).parent
@@ -1400,6 +1401,38 @@ def test_the_manifest_is_what_the_contract_says() -> None:
     assert "fieldRef" in environment["POD_INDEX"]["valueFrom"]
     assert pod["automountServiceAccountToken"] is False
     assert "hidden" not in json.dumps(job)
+
+
+def a_record(run_id: str) -> Record:
+    return Record(
+        run_id=run_id,
+        claim="c",
+        owner="o",
+        phase=Phase.STARTING,
+        agents=2,
+        jobs=6,
+        k8s_job=f"agent-{run_id}",
+    )
+
+
+def test_a_record_of_a_version_that_knows_more_can_be_read() -> None:
+    record = a_record("r")
+    stored = json.loads(record.dump()) | {"colour": "blue"}
+    assert Record.load(json.dumps(stored)) == record
+
+
+@pytest.mark.servers
+def test_agents_are_made_from_no_manifest_that_somebody_else_has_written(servers: Servers) -> None:
+    settings = Settings(redis_host="127.0.0.1", redis_port=servers.redis_port, api_token="secret")
+    registry, record = Registry(settings), a_record(new_run_id())
+    registry.claim(record, {"spec": 1}, queue_exists=False)
+    assert registry.manifest(record.run_id) == {"spec": 1}
+    key, stranger = f"armada:manifest:{record.run_id}", Registry(replace(settings, api_token=""))
+    registry.redis.set(key, stranger.sealed(b'{"spec": 2}'))
+    assert registry.manifest(record.run_id) is None
+    registry.forget(record)
+    assert not registry.redis.exists(key)
+    registry.leave(record.owner)
 
 
 # A whole run
