@@ -54,8 +54,9 @@ from kombu import Connection
 import broker as broker_module
 import fleet
 import merge
+import registry
 from merge import Invalid, Json, Limits, Run, parse_run
-from registry import Phase, Record, Registry
+from registry import Record, Registry
 from settings import Settings
 
 HERE = Path(__file__).parent
@@ -1408,7 +1409,7 @@ def a_record(run_id: str) -> Record:
         run_id=run_id,
         claim="c",
         owner="o",
-        phase=Phase.STARTING,
+        phase=registry.Phase.STARTING,
         agents=2,
         jobs=6,
         k8s_job=f"agent-{run_id}",
@@ -1424,15 +1425,15 @@ def test_a_record_of_a_version_that_knows_more_can_be_read() -> None:
 @pytest.mark.servers
 def test_agents_are_made_from_no_manifest_that_somebody_else_has_written(servers: Servers) -> None:
     settings = Settings(redis_host="127.0.0.1", redis_port=servers.redis_port, api_token="secret")
-    registry, record = Registry(settings), a_record(new_run_id())
-    registry.claim(record, {"spec": 1}, queue_exists=False)
-    assert registry.manifest(record.run_id) == {"spec": 1}
+    store, record = Registry(settings), a_record(new_run_id())
+    store.claim(record, {"spec": 1}, queue_exists=False)
+    assert store.manifest(record.run_id) == {"spec": 1}
     key, stranger = f"armada:manifest:{record.run_id}", Registry(replace(settings, api_token=""))
-    registry.redis.set(key, stranger.sealed(b'{"spec": 2}'))
-    assert registry.manifest(record.run_id) is None
-    registry.forget(record)
-    assert not registry.redis.exists(key)
-    registry.leave(record.owner)
+    store.redis.set(key, stranger.sealed(b'{"spec": 2}'))
+    assert store.manifest(record.run_id) is None
+    store.forget(record)
+    assert not store.redis.exists(key)
+    store.leave(record.owner)
 
 
 # A whole run
