@@ -1596,7 +1596,7 @@ def moments(run_id: str) -> dict[str, tuple[str, bytes]]:
     queue = b"\0\0" + bytes([len(name)]) + name
     return {
         # AMQP 0-9-1: class and method, what is reserved, names, flags
-        "look for the queue": ("rabbitmq", b"\0\x32\0\x0a" + queue + b"\x09"),
+        "look for the queue": ("rabbitmq", b"\0\x32\0\x0a" + queue + b"\x01"),
         "claim the run": ("redis", b'"phase":"starting"'),
         "store the configs": ("redis", b"\r\n" + name + b"0\r\n"),
         "declare the queue": ("rabbitmq", b"\0\x32\0\x0a" + queue + b"\2"),
