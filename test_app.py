@@ -171,9 +171,12 @@ class Servers:
                 return False
             return True
 
-    def rabbitmqctl(self, *arguments: str) -> None:
+    def rabbitmqctl(self, *arguments: str) -> str:
         command = [str(RABBITMQ.with_name("rabbitmqctl")), *arguments]
-        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
+        run = subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, timeout=60, text=True
+        )
+        return run.stdout
 
     def kill_rabbitmq(self) -> None:
         assert self.rabbitmq is not None
@@ -1746,8 +1749,7 @@ def test_a_server_killed_in_a_run_and_in_a_post_harms_neither(
 def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
     start: Callable[..., Orchestrator], servers: Servers
 ) -> None:
-    orchestrator = start(**real(servers, TIMEOUT="3"))
-    run_id = new_run_id()
+    orchestrator, run_id = start(**real(servers, TIMEOUT="1")), new_run_id()
     servers.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1")
     try:
         answer = orchestrator.post(run={"run_id": run_id})
@@ -1755,7 +1757,7 @@ def test_a_broker_that_blocks_publishers_gives_503_and_the_start_is_undone(
         assert "memory or disk alarm" in answer.json()["detail"]
     finally:
         servers.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
-    wait_for("the undoing", lambda: ended(orchestrator, run_id))
+    assert_nothing_left(orchestrator, run_id)
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
     assert_done(orchestrator, run_id, 6)
 
@@ -2017,8 +2019,7 @@ def test_an_agent_started_by_hand_does_its_jobs_and_is_stopped(
     assert orchestrator.post(run={"run_id": run_id}).status_code == 200
     agent = agent_by_hand(servers, run_id, 0)
     assert agent.wait(60) == 0
-    assert set(orchestrator.store().hgetall(f"done:{run_id}")) == set("012345")
-    wait_for("the run to be forgotten", lambda: ended(orchestrator, run_id))
+    assert_done(orchestrator, run_id, 6)
 
 
 @pytest.mark.servers
@@ -2031,11 +2032,7 @@ def test_busy_and_silent_agents_are_waited_for_and_a_late_one_is_stopped(
     assert orchestrator.post(run=run, job={"retry": 4, "seconds": 4}).status_code == 200
     agents = [agent_by_hand(servers, run_id, index) for index in range(2)]
     store = orchestrator.store()
-
-    def workers() -> bool:
-        return any(event.get("workers") == 2 for event in orchestrator.events("run progress"))
-
-    wait_for("both workers", workers)
+    wait_for("both workers", lambda: workers(orchestrator, run_id) == 2)
     wait_for("the job's retry", lambda: store.hexists(f"tried:{run_id}", "0"))
     agents[1].send_signal(signal.SIGSTOP)
     time.sleep(6)  # what is tested: an agent that is silent for some seconds
@@ -2048,7 +2045,7 @@ def test_busy_and_silent_agents_are_waited_for_and_a_late_one_is_stopped(
     assert store.hgetall(f"done:{run_id}") == {"0": "1"}
     with Connection(servers.url) as connection:
         connection.default_channel.queue_delete(run_id)
-    wait_for("the run to be forgotten", lambda: ended(orchestrator, run_id))
+    assert_nothing_left(orchestrator, run_id)
 
 
 @pytest.mark.servers
@@ -3431,7 +3428,14 @@ class Soak:
                 print(f"{run_id} was to be {answer}: {len(left)} jobs left, {len(done)} done")
                 lost, wrong = lost + len(left), wrong + 1
             assert_nothing_left(self.orchestrators[0], run_id)
-        wrong += sum(len(one.events("monitor failed")) for one in self.orchestrators)
+        for orchestrator in self.orchestrators:
+            orchestrator.stop()
+            wrong += len(orchestrator.events("monitor failed"))
+        for kind in ("queues", "exchanges"):
+            listed = self.servers.rabbitmqctl("-q", "--no-table-headers", f"list_{kind}", "name")
+            names = {name for name in listed.split() if not name.startswith("amq.")}
+            wrong += len(names)
+            print(f"{kind} left: {names or 'none'}")
         print(dict(self.did))
         print(f"{lost} jobs lost, {wrong} faults")
         return not wrong
