@@ -22,6 +22,6 @@ COPY agent.py .
 CMD ["python", "agent.py"]
 
 FROM base AS orchestrator
-COPY app.py settings.py merge.py registry.py broker.py fleet.py agent.py ./
+COPY app.py merge.py agent.py ./
 EXPOSE 8080
 CMD ["python", "app.py"]

@@ -9,7 +9,7 @@ NAMESPACE ?=
 HELM_ARGS ?=
 DOCKER_HUB_USERNAME ?= armadasvc
 
-IMAGE_FILES := Dockerfile requirements.txt app.py settings.py merge.py registry.py broker.py fleet.py agent.py
+IMAGE_FILES := Dockerfile requirements.txt app.py merge.py agent.py
 
 ifeq ($(DISTRIB),minikube)
 export MINIKUBE_PROFILE ?= minikube
@@ -28,7 +28,7 @@ CHART_VALUES = --set distrib=$(DISTRIB) --set dockerHubUsername=$(DOCKER_HUB_USE
 	$(if $(TAG),--set-string image.tag=$(TAG)) $(HELM_ARGS)
 RUNS = -l app.kubernetes.io/managed-by=armada-orchestrator
 
-.PHONY: deploy undeploy status e2e scan minikube-images
+.PHONY: deploy undeploy k8s-jobs e2e scan minikube-images
 
 deploy: $(if $(filter minikube,$(DISTRIB)),minikube-images) ## Deploy to minikube, or with DISTRIB=kube to the current kubectl context
 	$(HELM) upgrade --install $(RELEASE) chart $(if $(NAMESPACE),--create-namespace) \
@@ -57,9 +57,8 @@ undeploy: ## Cancel the runs in flight and uninstall, volumes included
 	$(KUBECTL) delete jobs $(RUNS)
 	$(HELM) uninstall $(RELEASE) --wait
 
-status: ## Show the runs in flight: phase, jobs left, agents up
-	@$(KUBECTL) get jobs $(RUNS) -o custom-columns-file=chart/status.columns \
-		| awk 'NR == 1 || $$2 !~ /^(stopped.*|failed|cancelled)$$/'
+k8s-jobs: ## Show the runs' Kubernetes Jobs: phase, numbers of jobs, agents up
+	@$(KUBECTL) get jobs $(RUNS) -o custom-columns-file=chart/status.columns
 
 # On minikube with images of the tree as it is; elsewhere with those of the chart's version, or TAG.
 e2e: TAG ?= $(if $(ON_MINIKUBE),$(HASH))

@@ -46,7 +46,7 @@ finish() {
 trap finish EXIT
 
 secret() { k get secret "$1" -o "jsonpath={.data.$2}" | base64 -d; }
-annotation() { k get job "$1" -o "jsonpath={.metadata.annotations.armada\.services/$2}"; }
+annotation() { k get jobs -l "armada.services/run-id=$1" -o "jsonpath={.items[0].metadata.annotations.armada\.services/$2}"; }
 redis() { k exec "$release-redis-0" -- redis-cli --raw "$@"; }
 rabbitmqctl() { k exec "$release-rabbitmq-0" -- rabbitmqctl --quiet "$@"; }
 json() { sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p"; }
@@ -58,18 +58,57 @@ forward() {
     eventually 30 "port-forward" forwarded
 }
 
-# start ARGUMENT...: post a run, print the answer. The token goes through a pipe, since everybody on
-# this machine can read the arguments of a process.
-start() {
+# call QUERY ARGUMENT...: ask /bot/start, print the answer. The token goes through a pipe, since
+# everybody on this machine can read the arguments of a process.
+call() {
+    local query=$1
+    shift
     secret $release-api-token token | sed 's/^/Authorization: Bearer /' |
-        curl --silent --show-error --fail-with-body --max-time 120 --header @- "$@" "$url/bot/start"
+        curl --silent --show-error --fail-with-body --max-time 120 --header @- "$@" "$url/bot/start$query"
+}
+# start ARGUMENT...: post a run. book RUN NAME: what GET tells of it.
+start() { call "" "$@"; }
+book() { call "?run_id=$1" | json "$2"; }
+
+# slow SECONDS: post a run of 40 jobs for two agents, print its id
+slow() {
+    local image_name image_version answer
+    image_name=$(json image_name <example/template.json)
+    image_version=$(json image_version <example/template.json)
+    answer=$(start -F data_job= -F data_agent= --form-string "configtemplate={\"run_message\":
+        {\"image_name\": \"$image_name\", \"image_version\": \"${image_version:-latest}\",
+        \"number_of_agents\": 2, \"number_of_jobs\": 40, \"agent_cpu\": \"100m\", \"agent_memory\": \"128Mi\"},
+        \"default_agent_message\": {}, \"default_job_message\": {}}" --form-string "python_code=
+import time
+@app.task(name='tasks.consume_message', acks_late=True)
+def consume(message): time.sleep($1)") || fail "the run was not accepted: $answer"
+    json run_uuid <<<"$answer"
 }
 
 # In the conditions below a question that the cluster does not answer is a no.
 
-ended() { [[ $(annotation "$1" phase) =~ ^(stopped|failed|cancelled)$ ]]; }
+ended() { [[ $(book "$1" ended) == *Z ]]; }
+
+agents() { k get pods -l "armada.services/run-id=$1" --field-selector status.phase=Running -o name; }
 
 agents_up() { [[ $(k get jobs -l "armada.services/run-id=$1" -o 'jsonpath={.items[0].status.ready}') == "$2" ]]; }
+
+replaced() { agents_up "$1" 2 && [[ $(agents "$1") != *"$2"* ]]; }
+
+# expect WHAT FOUND EXPECTED
+expect() { [[ $2 == "$3" ]] || fail "$1 is $2, not $3"; }
+
+# closed RUN JOBS: all of a run's jobs succeeded, as its books and its Kubernetes Job say
+closed() {
+    local name
+    for name in phase=succeeded "jobs=$2" "succeeded=$2" failed=0 left=0; do
+        expect "${name%=*} in the books" "$(book "$1" "${name%=*}")" "${name#*=}"
+    done
+    for name in phase=succeeded "jobs=$2" "jobs-succeeded=$2" jobs-failed=0 jobs-left=0; do
+        expect "the annotation ${name%=*}" "$(annotation "$1" "${name%=*}")" "${name#*=}"
+    done
+    k wait --for=condition=complete --timeout=60s jobs -l "armada.services/run-id=$1"
+}
 
 nothing_of() {
     local pods keys queues exchanges
@@ -80,9 +119,12 @@ nothing_of() {
         [[ -z $pods$keys && $queues$exchanges != *"$1"* ]]
 }
 
+# Of what the release made; what else a platform puts into each namespace is not looked at.
 nothing_left() {
-    left=$(k get all,pvc,secrets,configmaps,serviceaccounts,roles,rolebindings,networkpolicies,pdb,ingress -o name) || return
-    left=$(grep -v -e '^configmap/kube-root-ca.crt$' -e '^serviceaccount/default$' <<<"$left" || true)
+    local kinds=all,pvc,secrets,configmaps,serviceaccounts,roles,rolebindings,networkpolicies,pdb,ingress left
+    left=$(k get $kinds -l "app.kubernetes.io/instance=$release" -o name &&
+        k get secrets -l "owner=helm,name=$release" -o name &&
+        k get jobs,pods -l app.kubernetes.io/managed-by=armada-orchestrator -o name) || return
     [[ -z $left ]] || { echo "still there: ${left//$'\n'/ }"; false; }
 }
 
@@ -108,32 +150,38 @@ answer=$(start -F configtemplate=@example/template.json -F data_job=@example/job
 echo "$answer"
 run=$(json run_uuid <<<"$answer")
 jobs=$(json jobs <<<"$answer")
-job=$(k get jobs -l "armada.services/run-id=$run" -o 'jsonpath={.items[0].metadata.name}')
-eventually 600 "the run ends" ended "$job"
-k get events --field-selector "involvedObject.name=$job"
-for expected in phase=stopped "jobs=$jobs" jobs-left=0; do
-    found=$(annotation "$job" "${expected%=*}")
-    [[ $found == "${expected#*=}" ]] || fail "the annotation ${expected%=*} is $found, not ${expected#*=}"
-done
-k wait --for=condition=complete --timeout=60s "job/$job"
-results=$(redis hlen "example:$run")
-[[ $results == "$jobs" ]] || fail "$results results of $jobs jobs"
+eventually 600 "the run ends" ended "$run"
+k get events --field-selector "involvedObject.kind=Job"
+closed "$run" "$jobs"
 eventually 60 "queue and keys of the run are gone" nothing_of "$run"
 
+step "a pod that is deleted is replaced, and every job is done"
+run=$(slow 2)
+eventually 120 "both agents are up" agents_up "$run" 2
+gone=$(agents "$run" | head -n 1)
+k delete --wait=false "$gone"
+eventually 120 "another pod has taken its place" replaced "$run" "$gone"
+eventually 300 "the run ends" ended "$run"
+closed "$run" 40
+expect "the number of restarts" "$(book "$run" restarts)" 0
+
+step "DELETE cancels a run, and then drops it"
+run=$(slow 30)
+eventually 120 "both agents are up" agents_up "$run" 2
+call "?run_id=$run" -X DELETE
+eventually 120 "pods, queue and keys of the cancelled run are gone" nothing_of "$run"
+eventually 60 "the books are closed" ended "$run"
+expect "the phase" "$(book "$run" phase)" cancelled
+call "?run_id=$run" -X DELETE
+if call "?run_id=$run"; then fail "the run that was dropped is still known"; fi
+
 step "kubectl delete job cancels a run"
-image_name=$(json image_name <example/template.json)
-image_version=$(json image_version <example/template.json)
-answer=$(start -F data_job= -F data_agent= --form-string "configtemplate={\"run_message\":
-    {\"image_name\": \"$image_name\", \"image_version\": \"${image_version:-latest}\",
-    \"number_of_agents\": 2, \"number_of_jobs\": 1000, \"agent_cpu\": \"100m\", \"agent_memory\": \"128Mi\"},
-    \"default_agent_message\": {}, \"default_job_message\": {}}" --form-string 'python_code=
-import time
-@app.task(name="tasks.consume_message", acks_late=True)
-def consume(message): time.sleep(2)') || fail "the run was not accepted: $answer"
-cancelled=$(json run_uuid <<<"$answer")
-eventually 120 "both agents are up" agents_up "$cancelled" 2
-k delete job -l "armada.services/run-id=$cancelled"
-eventually 120 "pods, queue and keys of the cancelled run are gone" nothing_of "$cancelled"
+run=$(slow 30)
+eventually 120 "both agents are up" agents_up "$run" 2
+k delete job -l "armada.services/run-id=$run"
+eventually 120 "pods, queue and keys of the cancelled run are gone" nothing_of "$run"
+eventually 60 "the books are closed" ended "$run"
+expect "the phase" "$(book "$run" phase)" cancelled
 
 step "an upgrade keeps the generated passwords"
 before=$(secret $release-rabbitmq url) token=$(secret $release-api-token token)

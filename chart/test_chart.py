@@ -311,6 +311,31 @@ def test_values_reach_the_orchestrator_as_written() -> None:
     }
 
 
+def test_without_a_token_the_orchestrator_answers_to_the_names_of_its_service() -> None:
+    assert "ALLOWED_HOSTS" not in environment()
+    bare: Manifest = {"apiToken": {"enabled": False}}
+    own = ["", ".test", ".test.svc", ".test.svc.cluster.local"]
+    hosts = [f"armada-orchestrator{suffix}" for suffix in own]
+    assert environment(bare)["ALLOWED_HOSTS"].split(",") == hosts
+    more = bare | {"env": {"ALLOWED_HOSTS": "a.example.org, b.example.org"}}
+    more["ingress"] = {"enabled": True, "host": "armada.example.org"}
+    found = environment(more)["ALLOWED_HOSTS"].replace(" ", "").split(",")
+    assert found == [*hosts, "armada.example.org", "a.example.org", "b.example.org"]
+
+
+def test_uploads_find_room_and_do_not_fill_the_node() -> None:
+    def room(values: Manifest) -> int:
+        pod = pod_templates(values)["armada-orchestrator"]
+        mounts = {m["mountPath"]: m for m in container(pod)["volumeMounts"]}
+        assert not mounts["/tmp"].get("readOnly")
+        volumes = {v["name"]: v for v in pod["spec"]["volumes"]}
+        return int(volumes[mounts["/tmp"]["name"]]["emptyDir"]["sizeLimit"])
+
+    assert room({}) == 2 * 4 * 128 * MIB
+    assert room({"env": {"MAX_UPLOAD_BYTES": 10**9}}) == 8 * 10**9
+    assert room({"env": {"MAX_UPLOAD_BYTES": "1000", "MAX_CONCURRENT_STARTS": 1}}) == 2000
+
+
 @everywhere
 def test_no_variable_is_set_twice(values: Manifest) -> None:
     for pod in pod_templates(values).values():
@@ -339,6 +364,7 @@ def test_liveness_asks_no_dependency_and_readiness_asks_all() -> None:
         "livenessProbe": "/health",
         "readinessProbe": "/health?ready",
     }
+    # Which takes up to 5 s to say that something is silent.
     assert only["readinessProbe"]["timeoutSeconds"] >= 10
 
 
@@ -413,7 +439,7 @@ def test_the_role_has_exactly_the_verbs_that_the_orchestrator_uses() -> None:
     assert allowed == {
         ("batch", "jobs"): ["create", "delete", "list", "patch"],
         ("", "pods"): ["list"],
-        ("", "events"): ["create"],
+        ("", "events"): ["create", "list"],
     }
     assert not objects("ClusterRole")
 
@@ -742,7 +768,7 @@ def test_without_a_memory_limit_there_is_nothing_to_stay_below() -> None:
     assert "vm_memory_high_watermark.absolute" not in rabbitmq_settings(values)
 
 
-def test_rabbitmq_waits_for_long_jobs_and_permits_the_queues_of_older_agents() -> None:
+def test_rabbitmq_waits_for_long_jobs_and_permits_the_queues_of_celerys_own_tools() -> None:
     settings = rabbitmq_settings()
     assert settings["deprecated_features.permit.transient_nonexcl_queues"] == "true"
     # A day at least; a timer of the Erlang machine holds 32 bits.
@@ -1043,6 +1069,12 @@ def test_the_notes_say_how_to_reach_it_read_the_token_and_start_a_run() -> None:
     assert "Authorization: Bearer $TOKEN" in text
     for part in ("configtemplate", "data_job", "data_agent", "python_code", "requirements_txt"):
         assert f"-F {part}=@" in text
+    assert 'curl -H "Authorization: Bearer $TOKEN" http://localhost:8080/bot/start\n' in text
+    one = '"http://localhost:8080/bot/start?run_id=ID"\n'
+    assert f'curl -H "Authorization: Bearer $TOKEN" {one}' in text
+    assert f'curl -H "Authorization: Bearer $TOKEN" -X DELETE {one}' in text
+    for target in ("status", "follow", "cancel"):
+        assert f"make {target} URL=http://localhost:8080" in text
     assert "WARNING" not in text
 
 
@@ -1124,7 +1156,16 @@ def test_one_dockerfile_makes_two_images_that_run_as_a_numbered_user_and_get_sig
     assert commands == [["python", "agent.py"], ["python", "app.py"]]
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", text, re.M)).split())
     kept = set(re.findall(r"^!(.*)$", (CHART.parent / ".dockerignore").read_text(), re.M))
-    assert copied == kept
+    assert copied == kept == {"app.py", "merge.py", "agent.py", "requirements.txt"}
+    (hashed,) = re.findall(r"^IMAGE_FILES := (.*)$", (CHART / "deploy.mk").read_text(), re.M)
+    assert set(hashed.split()) == copied | {"Dockerfile"}
+
+
+def test_no_target_of_make_is_defined_twice() -> None:
+    texts = [(CHART.parent / "Makefile").read_text(), (CHART / "deploy.mk").read_text()]
+    targets = [t for text in texts for t in re.findall(r"^([a-z0-9-]+):.*##", text, re.M)]
+    assert len(targets) == len(set(targets))
+    assert {"deploy", "undeploy", "status", "follow", "cancel", "k8s-jobs"} <= set(targets)
 
 
 def test_an_agent_that_is_ended_before_its_first_job_does_not_count_as_completed() -> None:

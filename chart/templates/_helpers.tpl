@@ -71,6 +71,28 @@ imagePullPolicy: {{ eq .Values.distrib "minikube" | ternary "Never" "IfNotPresen
 {{- .Values.apiToken.existingSecret | default (printf "%s-api-token" (include "armada.fullname" .)) -}}
 {{- end -}}
 
+{{/*
+Names by which the orchestrator is asked for. Without a token it answers to no others, lest a page in
+somebody's browser reach it by a name of its own.
+*/}}
+{{- define "armada.hosts" -}}
+{{- $name := printf "%s-orchestrator" (include "armada.fullname" .) -}}
+{{- $hosts := list $name -}}
+{{- range list "" ".svc" ".svc.cluster.local" -}}
+{{- $hosts = append $hosts (printf "%s.%s%s" $name $.Release.Namespace .) -}}
+{{- end -}}
+{{- if .Values.ingress.enabled }}{{ $hosts = append $hosts .Values.ingress.host }}{{ end -}}
+{{- with .Values.env.ALLOWED_HOSTS }}{{ $hosts = append $hosts . }}{{ end -}}
+{{- join "," $hosts -}}
+{{- end -}}
+
+{{/* Bytes for the uploads at work: twice of what the orchestrator lets in. */}}
+{{- define "armada.spool" -}}
+{{- $upload := .Values.env.MAX_UPLOAD_BYTES | default 134217728 | int64 -}}
+{{- $starts := .Values.env.MAX_CONCURRENT_STARTS | default 4 | int64 -}}
+{{- mul 2 $upload $starts -}}
+{{- end -}}
+
 {{- define "armada.redisHost" -}}
 {{- if .Values.redis.enabled -}}
 {{ include "armada.fullname" . }}-redis
