@@ -1,9 +1,13 @@
 .DEFAULT_GOAL := help
 SHELL := bash
+# The orchestrator, and its token; not on make's own command line, which a process list shows
 URL ?= http://localhost:8080
 # What the example's jobs ask: in a cluster agents know the orchestrator by another name than you do
 TARGET_URL ?= $(URL)/health
-export TOKEN
+# The folder of the run to start, and the id of the run to follow or to cancel
+DIR ?= example
+RUN ?=
+export URL TARGET_URL TOKEN DIR RUN
 VENV := .venv
 PY := $(VENV)/bin/python
 UV_VERSION := 0.13.9
@@ -27,20 +31,24 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 install: $(VENV)/ready ## Make the environment in .venv
 
 demo: $(VENV)/ready ## Run the example from start to end on this machine and show its results
-	@$(PY) example/demo.py
+	@$(PY) example/client.py demo
 
-run: $(VENV)/ready ## Serve on http://localhost:8080 until interrupted
+run: $(VENV)/ready ## Serve on http://localhost:8080 (PORT=) until interrupted
 	@HOST=$${HOST:-127.0.0.1} $(PY) app.py
 
-start: $(VENV)/ready ## Post the example to URL (default http://localhost:8080), with TOKEN if set
-	@printf '{"URL": "%s"}' "$(TARGET_URL)" | curl -sS -X POST "$(URL)/bot/start" \
-	  $(if $(TOKEN),-H @<(printf 'Authorization: Bearer %s' "$$TOKEN")) \
-	  -F configtemplate=@example/template.json -F data_job=@example/jobs.csv \
-	  -F data_agent=@example/agents.csv -F python_code=@example/script.py \
-	  -F requirements_txt=@example/requirements.txt -F "configtune=@-;filename=configtune.json" \
-	  | $(PY) example/demo.py --follow "$(URL)"
+start: $(VENV)/ready ## Post the example, or the run in a folder (DIR=), to URL, and follow it
+	@$(PY) example/client.py start "$$DIR"
 
-servers: # RabbitMQ and Redis for the tests and the bench, where they can be installed
+follow: $(VENV)/ready ## Follow a run (RUN=ID) until it has ended
+	@$(PY) example/client.py follow "$$RUN"
+
+status: $(VENV)/ready ## List the runs in flight, and those that have just ended
+	@$(PY) example/client.py status
+
+cancel: $(VENV)/ready ## Cancel a run (RUN=ID), or drop what is kept of one that has ended
+	@$(PY) example/client.py cancel "$$RUN"
+
+servers: ## Install RabbitMQ and Redis for the tests and the bench, where that can be done
 	@command -v redis-server >/dev/null && test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { \
 	  command -v apt-get >/dev/null && { \
 	    if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
@@ -62,10 +70,10 @@ bench: $(VENV)/ready servers ## Measure speed and memory, next to the plain way 
 
 lint: $(VENV)/ready ## Check format, style and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && \
-	$(VENV)/bin/mypy *.py example/demo.py chart/render.py chart/test_chart.py
+	$(VENV)/bin/mypy *.py example/client.py chart/render.py chart/test_chart.py
 
 clean: ## Delete the environment and all caches
 	@rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 -include chart/deploy.mk
-.PHONY: help install demo run start servers test test-fast soak bench lint clean
+.PHONY: help install demo run start follow status cancel servers test test-fast soak bench lint clean

@@ -1,4 +1,7 @@
-"""Measure status and latency of one URL per job; results go to the Redis hash example:{run_id}."""
+"""Measure status and latency of one URL per job.
+
+What a job finds is printed, into its agent's output, and noted in the Redis hash example:{run_id}.
+"""
 
 import json
 import os
@@ -27,13 +30,14 @@ def consume_message(job):
         body, status = b"", str(error)
     result = {
         "job": job["targetted_job"],
-        "name": job.get("name", ""),
+        "name": job["name"],
         "agent": agent_message["targetted_agent"],
         "user_agent": agent_message["headers"]["User-Agent"],
         "status": status,
         "milliseconds": round(1000 * (time.perf_counter() - begun), 1),
         "size": humanize.naturalsize(len(body)),
     }
+    print(json.dumps(result))
     key = f"example:{job['run_id']}"
     results.hset(key, job["targetted_job"], json.dumps(result))
     results.expire(key, 24 * 3600)
