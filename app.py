@@ -563,9 +563,13 @@ class Orchestrator:
 
     def remove(self, record: Record) -> None:
         """Drop the record of a run: what holds its id."""
+        self.delete(record)
+        self.registry.remove(record)
+
+    def delete(self, record: Record) -> None:
+        """Delete the Kubernetes Jobs of a start."""
         for k8s_job in self.k8s_jobs(record):
             self.platform.delete(k8s_job)
-        self.registry.remove(record)
 
     def k8s_jobs(self, record: Record) -> list[Json]:
         """The Kubernetes Jobs of a start, and of no other of its id; last that of its agents."""
@@ -864,6 +868,8 @@ class Monitor:
         depths = self.broker.depths([record.run_id for record in live])
         books = self.registry.books(live)
         self.watches = {r.claim: self.watches.get(r.claim, Watch()) for r in records}
+        doing = self.orchestrator.doing.items()  # not for ever of runs that nobody can see any more
+        self.orchestrator.doing = {c: text for c, text in doing if c in self.watches}
         for record in records:
             watch = self.watches[record.claim]
             try:
@@ -988,8 +994,7 @@ class Monitor:
         self.registry.forget(record)
         if self.orchestrator.swap(record, None, ended=int(time.time()), **books.counts):
             say("run cancelled", run_id=record.run_id, jobs=record.jobs, **books.counts)
-        for k8s_job in self.orchestrator.k8s_jobs(record):
-            self.platform.delete(k8s_job)
+        self.orchestrator.delete(record)
 
     def end(self, sight: Sight, phase: Phase, cause: str) -> None:
         """Close the books of a run, and leave nothing of it but these."""
@@ -1017,8 +1022,7 @@ class Monitor:
         there = not self.platform.fleet(record).deleted
         dropped = record.kept and not there and not self.orchestrator.find(record)
         if record.free and there:
-            for k8s_job in self.orchestrator.k8s_jobs(record):
-                self.platform.delete(k8s_job)
+            self.orchestrator.delete(record)
         if record.kept and (now > record.ended + settings.keep_failed or dropped):
             if self.orchestrator.swap(record):
                 self.broker.forget(record.run_id)

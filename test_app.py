@@ -2618,16 +2618,22 @@ def consume_message(job):
 """
 
 
+def at_work(orchestrator: Orchestrator, run_id: str, file: Path) -> "redis.Redis":
+    """A run of one agent is at the first of two jobs, which end when the file is there."""
+    run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
+    assert orchestrator.post(run=run, job={"file": str(file)}, script=WAITING).status_code == 200
+    store = orchestrator.store()
+    wait_for("a job", lambda: store.exists(f"armada:begun:{run_id}"))
+    return store
+
+
 @pytest.mark.servers
 def test_a_redis_that_is_full_is_not_ready_and_runs_end_all_the_same(
     start: Callable[..., Orchestrator], own_redis: Servers, tmp_path: Path
 ) -> None:
     own_redis.start_redis()
     orchestrator, run_id, file = start(**real(own_redis)), new_run_id(), tmp_path / "go"
-    run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
-    assert orchestrator.post(run=run, job={"file": str(file)}, script=WAITING).status_code == 200
-    store = orchestrator.store()
-    wait_for("a job", lambda: store.exists(f"armada:begun:{run_id}"))
+    store = at_work(orchestrator, run_id, file)
     store.config_set("maxmemory", "1")
     try:
         file.touch()
@@ -2650,10 +2656,7 @@ def test_a_redis_that_comes_back_empty_ends_the_run_which_says_so(
 ) -> None:
     own_redis.start_redis()
     orchestrator, run_id, file = start(**real(own_redis)), new_run_id(), tmp_path / "go"
-    run = {"run_id": run_id, "number_of_agents": 1, "number_of_jobs": 2}
-    assert orchestrator.post(run=run, job={"file": str(file)}, script=WAITING).status_code == 200
-    store = orchestrator.store()
-    wait_for("a job", lambda: store.exists(f"armada:begun:{run_id}"))
+    at_work(orchestrator, run_id, file)
     own_redis.kill_redis()
     shutil.rmtree(own_redis.folder)
     own_redis.folder.mkdir()
