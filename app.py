@@ -816,6 +816,8 @@ class Watch:
 
     since: dict[str, float] = field(default_factory=dict)  #: condition -> monotonic seconds
     said: dict[str, object] = field(default_factory=dict)  #: topic -> what was said of it last
+    reason: str = ""  #: why its agents do not work, as last looked for
+    closing: bool = False  #: whether its end has been written, and that not answered yet
 
     def new(self, topic: str, what: object) -> bool:
         """Whether this is to be said: it is not what was said last."""
@@ -874,6 +876,9 @@ class Monitor:
             watch = self.watches[record.claim]
             try:
                 if record.ended:
+                    if watch.closing and self.orchestrator.swap(record):  # which also copies it
+                        watch.closing = False
+                        self.tell_end(record)
                     self.expire(record)
                     continue
                 depth = depths[record.run_id]
@@ -901,7 +906,7 @@ class Monitor:
         elif act == Act.MARK and not self.orchestrator.find(record):  # asked again
             self.orchestrator.swap(record, phase=Phase.CANCELLED)
         elif act == Act.CLEAR:
-            self.clear(record, depth, books)
+            self.clear(sight, watch)
         elif act == Act.END_UNSTARTED:
             if self.platform.none_has_begun(record):
                 self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
@@ -910,11 +915,11 @@ class Monitor:
             self.restart(sight)
         elif act == Act.FAIL:
             cause = self.reason(record) or "all its agents ended with jobs left"
-            self.end(sight, Phase.FAILED, "Redis came back empty" if books.lost else cause)
+            self.end(sight, watch, Phase.FAILED, "Redis came back empty" if books.lost else cause)
         elif act == Act.END:
             whole = books.counts["jobs_succeeded"] == record.jobs
             cause = "its books were lost: Redis came back empty" if books.lost else ""
-            self.end(sight, Phase.SUCCEEDED if whole else Phase.FINISHED, cause)
+            self.end(sight, watch, Phase.SUCCEEDED if whole else Phase.FINISHED, cause)
         elif record.phase == Phase.RUNNING:
             if sight.fleet.ended and (count := self.broker.give_back(record.run_id)):
                 say("jobs returned to the queue", run_id=record.run_id, jobs=count)
@@ -925,24 +930,22 @@ class Monitor:
         record, fleet, depth, counts = sight.record, sight.fleet, sight.depth, sight.books.counts
         doing, now = "", int(time.monotonic() / self.TELL)
         starved = sight.lasts("starved", self.LONG)
-        in_trouble = starved or fleet.crashes or sight.lasts("unstarted", 10)
-        if in_trouble and watch.new("looked for a reason", (fleet.crashes, starved, now)):
-            reason = self.reason(record) or ("no agent says why" if starved else "")
-            if reason and watch.new("reason", (starved, reason)):
-                what = "nobody consumes the jobs" if starved else "agents fail or do not start"
-                say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
-                self.platform.tell(record, "NoProgress" if starved else "Failing", reason)
+        in_trouble = starved or fleet.crashes or sight.lasts("unstarted", self.TELL)
+        idle = in_trouble or sight.lasts("starved", self.TELL)
+        if idle and watch.new("looked for a reason", (fleet.crashes, starved, now)):
+            watch.reason = self.reason(record)
+        reason = watch.reason or ("no agent says why" if starved else "")
+        if in_trouble and reason and watch.new("reason", (starved, reason)):
+            what = "nobody consumes the jobs" if starved else "agents fail or do not start"
+            say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
+            self.platform.tell(record, "NoProgress" if starved else "Failing", reason)
         if "vanished" in sight.ages and not fleet.by_hand:
             doing = f"waits for {counts['jobs_left']} jobs of vanished agents"
         elif starved:
-            _, reason = watch.said.get("reason", (True, ""))  # type: ignore[misc]  # as said above
             doing = f"no agent consumes: {reason}"
         elif "starved" in sight.ages:
             doing = "agents start, and install what they require"
-            if sight.lasts("starved", self.TELL) and watch.new("looked for words", now):
-                words = self.reason(record)
-                watch.said["words"] = f"; their last words: {words}" if words else ""
-            doing += str(watch.said.get("words", ""))
+            doing += f"; their last words: {reason}" if idle and reason else ""
         elif sight.lasts("still", self.LONG):
             begun = self.registry.begun(record)
             doing = f"no job has ended for a minute; these are at work: {begun}"
@@ -983,38 +986,51 @@ class Monitor:
         say("agents started anew", logging.WARNING, run_id=record.run_id, **told)
         self.platform.tell(new, "Recreated", f"agents made anew, restart {restarts}: {reason}")
 
-    def clear(self, record: Record, depth: Depth, books: Books) -> None:
+    def clear(self, sight: Sight, watch: Watch) -> None:
         """End what a cancelled run has left; done again until its agents have ended."""
+        record, depth = sight.record, sight.depth
         if not depth.missing:
             self.broker.purge(record.run_id)
-        by_hand = self.platform.fleet(record).by_hand  # what others held, nobody holds any more
-        if not self.platform.end(record) or (depth.consumers and by_hand):
+        # What agents hold that others started, nobody holds any more once these have gone.
+        if not self.platform.end(record) or (depth.consumers and sight.fleet.by_hand):
             return
         self.broker.forget(record.run_id)
         self.registry.forget(record)
-        if self.orchestrator.swap(record, None, ended=int(time.time()), **books.counts):
-            say("run cancelled", run_id=record.run_id, jobs=record.jobs, **books.counts)
+        self.close(sight, watch)
         self.orchestrator.delete(record)
 
-    def end(self, sight: Sight, phase: Phase, cause: str) -> None:
-        """Close the books of a run, and leave nothing of it but these."""
-        record, counts, now = sight.record, sight.books.counts, int(time.time())
-        kept = int(phase == Phase.FAILED)
-        if not kept and not self.broker.forget(record.run_id, unused=True):
+    def end(self, sight: Sight, watch: Watch, phase: Phase, cause: str) -> None:
+        """Leave nothing of a run but its books, and close these."""
+        kept = phase == Phase.FAILED
+        if not kept and not self.broker.forget(sight.record.run_id, unused=True):
             return  # a job has come back
-        self.registry.forget_configs(record)
-        changes: Json = {"phase": phase, "ended": now, "kept": kept, "cause": cause[:500], **counts}
-        if not self.orchestrator.swap(record, **changes):
-            return  # another orchestrator has said it
-        told: Json = {"jobs": record.jobs, **counts, "agents": record.agents}
-        told |= {"restarts": record.restarts, "unaccounted": 0 if kept else counts["jobs_left"]}
-        told |= {"seconds": now - record.started} | ({"cause": cause} if cause else {})
-        levels = {Phase.SUCCEEDED: logging.INFO, Phase.FAILED: logging.ERROR}
-        say(f"run {phase}", levels.get(phase, logging.WARNING), run_id=record.run_id, **told)
+        self.registry.forget_configs(sight.record)
+        self.close(sight, watch, phase=phase, kept=int(kept), cause=cause[:500])
+
+    def close(self, sight: Sight, watch: Watch, **changes: Any) -> None:
+        """Write the end of a run into its record, and say it, where no other orchestrator has."""
+        watch.closing = True  # where that is not answered, the next look says it
+        changes |= {"ended": int(time.time()), **sight.books.counts}
+        closed = self.orchestrator.swap(sight.record, **changes)
+        watch.closing = False
+        if closed:
+            self.tell_end(closed)
+
+    def tell_end(self, record: Record) -> None:
+        """Say what became of a run."""
+        phase = record.phase
+        numbers = ("jobs", "jobs_succeeded", "jobs_failed", "jobs_left", "agents", "restarts")
+        told: Json = {name: getattr(record, name) for name in numbers}
+        told |= {"unaccounted": 0 if record.kept or record.free else record.jobs_left}
+        told |= {"seconds": record.ended - record.started}
+        told |= {"cause": record.cause} if record.cause else {}
+        levels = {Phase.FINISHED: logging.WARNING, Phase.FAILED: logging.ERROR}
+        say(f"run {phase}", levels.get(phase, logging.INFO), run_id=record.run_id, **told)
         for why in causes(self.registry.failures(record.run_id)):
             say("jobs failed", logging.WARNING, run_id=record.run_id, **why)
         text = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items())
-        self.platform.tell(record, phase.title().replace("-", ""), text)
+        if not record.free:
+            self.platform.tell(record, phase.title().replace("-", ""), text)
 
     def expire(self, record: Record) -> None:
         """Drop what is kept of a run that has ended, when its time has come."""

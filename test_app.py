@@ -5513,6 +5513,26 @@ def test_a_run_that_was_resumed_is_answered_with_200_though_that_answer_was_lost
 
 
 @pytest.mark.servers
+def test_an_end_is_told_once_though_the_answer_to_its_writing_was_lost(
+    distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers
+) -> None:
+    orchestrator = distant(TIMEOUT="1")
+    run_id = new_run_id()
+    lost: list[Json] = []
+
+    def lose(job: Json) -> None:
+        if job["metadata"]["annotations"]["armada.services/ended"] != "0" and not lost:
+            lost.append(job)
+            raise Lost
+
+    cluster.after["patch jobs"] = lose
+    assert orchestrator.post(run={"run_id": run_id, **ONE_AGENT}).status_code == 200
+    assert_done(orchestrator, run_id, 6)
+    assert lost
+    wait_for("its Event", lambda: cluster.told(run_id) == ["Started", "Succeeded"])
+
+
+@pytest.mark.servers
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_start_says_that_it_is_not_known_where_the_api_server_died_at_its_last_step(
     distant: Callable[..., Orchestrator], cluster: FakeCluster, servers: Servers, when: str
