@@ -488,8 +488,9 @@ class Orchestrator:
 
     def look_for_others(self, run_id: str) -> None:
         """Raise `Failed` (409) where there is a run of this id, or a queue or an exchange."""
-        for k8s_job in (self.registry.get(run_id), *self.platform.k8s_jobs(run_id)):
-            if (other := record_of(k8s_job)) and not other.free:
+        jobs = self.platform.k8s_jobs(run_id)
+        for other in (self.registry.record(run_id), *map(record_of, jobs)):
+            if other and not other.free:
                 raise taken(other)
         self.broker.look_for_others(run_id)
 
@@ -549,7 +550,7 @@ class Orchestrator:
         What cannot be undone now is left to the monitor.
         """
         try:
-            entered = record_of(self.registry.get(record.run_id))
+            entered = self.registry.record(record.run_id)
             mine = entered.claim == record.claim if entered else self.find(record) is not None
             if mine:
                 self.broker.forget(record.run_id)
@@ -590,7 +591,8 @@ class Orchestrator:
         """
         while True:
             k8s_job = self.find(old)
-            stored = k8s_job or self.registry.get(old.run_id)
+            copied = b"" if k8s_job else self.registry.raw(old.run_id)
+            stored = k8s_job or self.registry.parsed(copied)
             seen = record_of(stored)
             if seen is None or stored is None or seen.claim != old.claim:
                 return None
@@ -602,18 +604,22 @@ class Orchestrator:
             version = {"resourceVersion": stored["metadata"].get("resourceVersion")}
             body: Json = {"metadata": {**version, "annotations": annotations_of(**changes)}}
             body |= {"spec": spec} if spec else {}
+            changed = merge.merge(stored, body)
+            if not k8s_job:
+                if self.registry.replace(old.run_id, copied, changed):
+                    return new
+                continue
+            if self.settings.local:  # the copy is what the next process finds
+                self.registry.copy(changed, new)
             try:
-                if self.settings.local or not k8s_job:  # the copy is what the next process finds
-                    self.registry.copy(merge.merge(stored, body), new)
-                if k8s_job:
-                    stored = self.platform.patch(k8s_job, body)
+                changed = self.platform.patch(k8s_job, body)
             except KubernetesError as error:
                 if error.status not in (404, 409):  # it has gone, or has just been changed
                     raise
                 continue
-            if k8s_job and not self.settings.local:
+            if not self.settings.local:
                 with contextlib.suppress(redis.RedisError):
-                    self.registry.copy(stored, new)
+                    self.registry.copy(changed, new)
             return new
 
     def records(self, fresh: bool = True) -> list[Record]:
@@ -768,11 +774,13 @@ class Sight:
         """What is worth deciding or saying when it lasts."""
         fleet, depth = self.fleet, self.depth
         empty = not depth.ready and not depth.consumers
-        unstarted = empty and 0 < fleet.live == fleet.unstarted
-        vanished = empty and (fleet.ended or fleet.by_hand)
-        starved = depth.ready and not depth.consumers
-        holds = {"unstarted": unstarted, "vanished": vanished, "starved": starved}
-        return {name for name, true in holds.items() if true} | {"still"}
+        holds = {
+            "still": True,
+            "starved": depth.ready and not depth.consumers,
+            "unstarted": empty and 0 < fleet.live == fleet.unstarted,
+            "gone": empty and (fleet.ended or fleet.by_hand),
+        }
+        return {name for name, true in holds.items() if true}
 
     def lasts(self, condition: str, seconds: float) -> bool:
         """Whether a condition has held for so long."""
@@ -795,9 +803,8 @@ def decide(sight: Sight, settings: Settings) -> Act:
     if fleet.deleted and (left or depth.ready):
         return Act.MARK
     if fleet.by_hand:
-        idle = not depth.ready and not depth.consumers
-        over = idle and (not left or sight.lasts("vanished", settings.idle_forget))
-        return Act.END if over else Act.WAIT
+        over = not left or sight.lasts("gone", settings.idle_forget)
+        return Act.END if over and "gone" in sight.conditions else Act.WAIT
     if not fleet.ended:
         return Act.END_UNSTARTED if not left and sight.lasts("unstarted", 30) else Act.WAIT
     if depth.ready:
@@ -806,7 +813,7 @@ def decide(sight: Sight, settings: Settings) -> Act:
     # The connections of processes here end with them; a queue that has gone gives nothing back.
     patience = min(settings.redelivery_seconds, 10 if settings.local else math.inf)
     done = not left and not depth.consumers  # what is held may have been sent by a job
-    over = done or depth.missing or sight.lasts("vanished", patience)
+    over = done or depth.missing or sight.lasts("gone", patience)
     return Act.END if over else Act.WAIT
 
 
@@ -852,7 +859,7 @@ class Monitor:
         try:
             for record in list(self.orchestrator.to_undo.values()):
                 self.orchestrator.undo(record)
-            self.look(self.orchestrator.records(fresh=False))
+            self.look_at_all(self.orchestrator.records(fresh=False))
         except ERRORS as error:
             if not self.waiting:
                 say("monitor waits", logging.WARNING, error=f"{type(error).__name__}: {error}")
@@ -862,7 +869,7 @@ class Monitor:
                 say("monitor goes on")
             self.waiting = False
 
-    def look(self, records: list[Record]) -> None:
+    def look_at_all(self, records: list[Record]) -> None:
         """Look at queues and books, and do for each run by itself what is to be done."""
         here = self.orchestrator.starting | self.orchestrator.to_undo.keys()
         records = [record for record in records if record.claim not in here]
@@ -884,7 +891,7 @@ class Monitor:
                 depth = depths[record.run_id]
                 if isinstance(depth, Exception):
                     raise depth
-                self.see(record, watch, depth, books[record.claim])
+                self.look_at(record, watch, depth, books[record.claim])
                 watch.said.pop("error", None)
             except Exception as error:  # of one run: it is said, and the others go on
                 text = f"{type(error).__name__}: {error}"
@@ -893,7 +900,7 @@ class Monitor:
                     if not isinstance(error, ERRORS):
                         log.exception("monitor failed")
 
-    def see(self, record: Record, watch: Watch, depth: Depth, books: Books) -> None:
+    def look_at(self, record: Record, watch: Watch, depth: Depth, books: Books) -> None:
         """Do what a run calls for, and say how it goes."""
         sight = Sight(record, self.platform.fleet(record), depth, books, time.time())
         sight = replace(sight, ages=watch.ages(sight))
@@ -939,7 +946,7 @@ class Monitor:
             what = "nobody consumes the jobs" if starved else "agents fail or do not start"
             say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
             self.platform.tell(record, "NoProgress" if starved else "Failing", reason)
-        if "vanished" in sight.ages and not fleet.by_hand:
+        if "gone" in sight.ages and not fleet.by_hand:
             doing = f"waits for {counts['jobs_left']} jobs of vanished agents"
         elif starved:
             doing = f"no agent consumes: {reason}"
@@ -1060,7 +1067,7 @@ class Registry:
     RUNS = "armada:runs"  #: hash: run id -> Kubernetes Job
     NOTES = ("sent", "succeeded", "failed", "failures", "begun")  #: armada:{note}:{run id}
     #: Sets a field of a hash where it still holds what was read.
-    ENTER = """if (redis.call('HGET', KEYS[1], ARGV[1]) or '') == ARGV[2] then
+    REPLACE = """if (redis.call('HGET', KEYS[1], ARGV[1]) or '') == ARGV[2] then
         redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
         return 1
     end"""
@@ -1103,21 +1110,29 @@ class Registry:
         """Enter a run that starts. Raises `Failed` (409) where one of its id is there."""
         entered = False
         while not entered:
-            old = self.redis.hget(self.RUNS, record.run_id) or b""
+            old = self.raw(record.run_id)
             other = record_of(self.parsed(old))
             if other and other.claim != record.claim and not other.free:
                 raise taken(other)
-            change = (record.run_id, old, orjson.dumps(k8s_job))
-            entered = self.redis.eval(self.ENTER, 1, self.RUNS, *change)
+            entered = self.replace(record.run_id, old, k8s_job)
+
+    def replace(self, run_id: str, old: Any, k8s_job: Json) -> bool:
+        """Store what has become of a run, if `old` is still what is stored of it."""
+        change = (run_id, old, orjson.dumps(k8s_job))
+        return bool(self.redis.eval(self.REPLACE, 1, self.RUNS, *change))
 
     def copy(self, k8s_job: Json, record: Record) -> None:
         """Note what has become of a run. What Redis refuses, full or broken, is not worth a run."""
         with contextlib.suppress(redis.ResponseError):
             self.redis.hset(self.RUNS, record.run_id, orjson.dumps(k8s_job))
 
-    def get(self, run_id: str) -> Json | None:
-        """What is stored of one run."""
-        return self.parsed(self.redis.hget(self.RUNS, run_id))
+    def raw(self, run_id: str) -> Any:
+        """What is stored of one run, to be parsed."""
+        return self.redis.hget(self.RUNS, run_id) or b""
+
+    def record(self, run_id: str) -> Record | None:
+        """The record that is stored of one run."""
+        return record_of(self.parsed(self.raw(run_id)))
 
     def all(self) -> list[Json]:
         """What is stored of all runs; nothing where an agent has overwritten them."""
@@ -1128,7 +1143,7 @@ class Registry:
 
     def remove(self, record: Record) -> None:
         """Take a run out."""
-        current = record_of(self.get(record.run_id))
+        current = self.record(record.run_id)
         if current is None or current.claim == record.claim:
             self.redis.hdel(self.RUNS, record.run_id)
 
@@ -1144,22 +1159,22 @@ class Registry:
         sent = bytearray(-(-run.jobs.count // 8))
         for index in range(run.jobs.count) if run.jobs.only is None else run.jobs.only:
             sent[index // 8] |= 128 >> index % 8
-        check()
-        self.redis.set(self.note("sent", run.run_id), bytes(sent))
-        pipe, size, sent_to = self.redis.pipeline(transaction=False), 0, {}
+        pipe, values, size = self.redis.pipeline(transaction=False), {}, 0
+        pipe.set(self.note("sent", run.run_id), bytes(sent))
         for index, config in enumerate(run.configs):
             data = run.configs.encode(config)
-            sent_to[key := merge.config_key(run.run_id, index)] = data
-            pipe.set(key, data, nx=True)
+            values[merge.config_key(run.run_id, index)] = data
+            pipe.set(merge.config_key(run.run_id, index), data, nx=True)
             size += len(data)
             if size > 4 * MIB or index == len(run.configs) - 1:
                 check()
-                for (key, data), written in zip(sent_to.items(), pipe.execute(), strict=True):
+                answers = pipe.execute()[-len(values) :]
+                for (key, data), written in zip(values.items(), answers, strict=True):
                     # Not a foreign one where this is the second try, and the first had no answer.
                     if not written and self.redis.mget(key) != [data]:
                         text = f"the key {key} exists in Redis, which this run would write"
                         raise Failed(409, f"{text}; nothing was changed, choose another run_id")
-                size, sent_to = 0, {}
+                values, size = {}, 0
 
     def books(self, records: Iterable[Record]) -> dict[str, Books]:
         """What has become of the jobs of each run, by claim. A key of a wrong type is lost."""

@@ -843,8 +843,8 @@ TABLE: list[tuple[str, Act, Sight]] = [
     ("every job succeeded", Act.END, seen(GONE, EMPTY, ALL)),
     ("some failed", Act.END, seen(GONE, NO_QUEUE, SOME, ALL)),
     ("agents have gone, jobs are left", Act.RESTART, seen(GONE, READY)),
-    ("nothing left but jobs without note", Act.WAIT, seen(GONE, EMPTY, ages={"vanished": 9})),
-    ("and they do not come back", Act.END, seen(GONE, EMPTY, ages={"vanished": 10})),
+    ("nothing left but jobs without note", Act.WAIT, seen(GONE, EMPTY, ages={"gone": 9})),
+    ("and they do not come back", Act.END, seen(GONE, EMPTY, ages={"gone": 10})),
     ("a queue that has gone", Act.END, seen(GONE, NO_QUEUE)),
     ("some hold jobs, all have gone", Act.WAIT, seen(GONE, HELD)),
     ("restarts in vain", Act.FAIL, seen(GONE, READY, restarts=5, fruitless=5, noted=3)),
@@ -856,10 +856,10 @@ TABLE: list[tuple[str, Act, Sight]] = [
     ("cancelled", Act.CLEAR, seen(LIVE, READY, phase=CANCELLED)),
     ("cancelled, and over", Act.CLEAR, seen(GONE, NO_QUEUE, phase=CANCELLED)),
     ("started by hand", Act.WAIT, seen(HAND, READY)),
-    ("by hand, held", Act.WAIT, seen(HAND, HELD, ages={"vanished": 999})),
+    ("by hand, held", Act.WAIT, seen(HAND, HELD, ages={"gone": 999})),
     ("by hand, all done", Act.END, seen(HAND, EMPTY, ALL)),
-    ("by hand, no notes yet", Act.WAIT, seen(HAND, EMPTY, ages={"vanished": 299})),
-    ("by hand, no notes for long", Act.END, seen(HAND, EMPTY, ages={"vanished": 300})),
+    ("by hand, no notes yet", Act.WAIT, seen(HAND, EMPTY, ages={"gone": 299})),
+    ("by hand, no notes for long", Act.END, seen(HAND, EMPTY, ages={"gone": 300})),
     ("deleted with jobs left", Act.MARK, seen(Fleet(ended=True, deleted=True), READY)),
     ("deleted when all was done", Act.END, seen(Fleet(ended=True, deleted=True), NO_QUEUE, ALL)),
 ]
@@ -875,20 +875,20 @@ def test_on_a_cluster_a_start_has_time_and_vanished_jobs_have_five_minutes() -> 
         sight = seen(LIVE, READY, phase=STARTING, deadline=deadline)
         assert app.decide(sight, DISTANT) == act
     for age, act in ((299.0, Act.WAIT), (300.0, Act.END)):
-        assert app.decide(seen(GONE, EMPTY, ages={"vanished": age}), DISTANT) == act
+        assert app.decide(seen(GONE, EMPTY, ages={"gone": age}), DISTANT) == act
 
 
 def test_a_condition_ages_only_while_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     watch = app.Watch()
-    assert watch.ages(seen(GONE, EMPTY)) == {"vanished": 0, "still": 0}
+    assert watch.ages(seen(GONE, EMPTY)) == {"gone": 0, "still": 0}
     clock = 7
-    assert watch.ages(seen(GONE, EMPTY)) == {"vanished": 7, "still": 7}
+    assert watch.ages(seen(GONE, EMPTY)) == {"gone": 7, "still": 7}
     clock = 8
     assert watch.ages(seen(GONE, READY)) == {"starved": 0, "still": 8}
     clock = 9
-    assert watch.ages(seen(GONE, EMPTY, ALL)) == {"vanished": 0, "still": 0}
+    assert watch.ages(seen(GONE, EMPTY, ALL)) == {"gone": 0, "still": 0}
 
 
 class Still(app.Orchestrator):
@@ -988,7 +988,7 @@ def test_jobs_that_nobody_consumes_are_told_with_the_best_reason_there_is(
 def test_jobs_of_vanished_agents_are_told_to_be_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    doing, logged = shown(Shown(), seen(GONE, EMPTY, ages={"vanished": 1}), caplog)
+    doing, logged = shown(Shown(), seen(GONE, EMPTY, ages={"gone": 1}), caplog)
     assert doing == "waits for 5 jobs of vanished agents"
     assert [event["event"] for event in logged] == ["run stands still"]
 
