@@ -5940,6 +5940,34 @@ def test_deleting_the_kubernetes_job_cancels_the_run(
 
 
 @pytest.mark.servers
+def test_of_two_orchestrators_one_marks_a_run_whose_kubernetes_job_has_gone(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        agent_command="",
+        rabbitmq_url=servers.url,
+        redis_host="127.0.0.1",
+        redis_port=servers.redis_port,
+    )
+    one, other = app.Orchestrator(settings), app.Orchestrator(settings)
+    gone = a_record(run_id=new_run_id(), phase=app.Phase.RUNNING)
+    k8s_job = {"metadata": {"annotations": app.annotations_of(**asdict(gone))}}
+    one.registry.enter(k8s_job, gone)
+    raw = other.registry.raw
+    marked: list[Record | None] = []
+
+    def late(run_id: str) -> Any:
+        stored = raw(run_id)
+        marked.extend([] if marked else [one.swap(gone, phase=CANCELLED)])
+        return stored
+
+    monkeypatch.setattr(other.registry, "raw", late)
+    assert other.swap(gone, phase=CANCELLED) is None
+    assert marked == [replace(gone, phase=CANCELLED)]
+    one.registry.remove(gone)
+
+
+@pytest.mark.servers
 def test_a_run_that_follows_a_cancelled_one_under_its_id_is_not_cleared_with_it(
     distant: Callable[..., Orchestrator], cluster: FakeCluster
 ) -> None:
