@@ -486,7 +486,59 @@ def supervise(retries: int, command: list[str]) -> None:
     os._exit(code)
 
 
+def examine(script: str) -> dict[str, Any]:
+    """Tell whether `script` compiles, and by its syntax tree registers the task of jobs.
+
+    Returns `error` (None where it compiles), which names the line, the file of a bundle that the
+    line is in (its files begin as in `# == x.py ==`) and what stands there, where they are known;
+    `line` and `column`, from 1; and `task`.
+    """
+    import ast
+    import re
+    import warnings
+
+    task = "tasks.consume_message"
+    found: dict[str, Any] = {"error": None, "line": None, "column": None, "task": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(script, "script", "exec", dont_inherit=True)
+            nodes = ast.walk(ast.parse(script if task in script else ""))
+        # A name that is no constant may well be that of the task, as the script holds it.
+        names = (n.value for n in nodes if isinstance(n, ast.keyword) and n.arg == "name")
+        found["task"] = any(getattr(name, "value", task) == task for name in names)
+    except SyntaxError as error:
+        lines = script.replace("\r\n", "\n").replace("\r", "\n").split("\n")[: error.lineno or 0]
+        begins = re.compile(r"\s*#\W*(?:file\W+)?([\w./-]+\.py)\W*")
+        files = ((own, begins.fullmatch(text[:120])) for own, text in enumerate(lines[-2::-1], 1))
+        file = next((f", line {own} of {match[1]}" for own, match in files if match), "")
+        where = f" (line {error.lineno}{file})" if lines else ""
+        text = f": {lines[-1].strip()}" if lines and lines[-1].strip() else ""
+        found |= {"error": f"{error.msg}{where}{text}", "column": error.offset}
+        found["line"] = error.lineno or None
+    except (RecursionError, MemoryError, ValueError, OverflowError) as error:
+        found["error"] = str(error) or type(error).__name__
+    return found
+
+
+def examine_all() -> None:
+    """`examine` each script of a JSON array from standard input, a line of JSON for each.
+
+    Python's compiler may crash on a script, or take gigabytes for it: for this a process of its
+    own, which has 10 s of CPU and 1 GiB of memory for all of them.
+    """
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+    for script in json.load(sys.stdin):
+        print(json.dumps(examine(script)), flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["supervise"]:
         supervise(int(sys.argv[2]), sys.argv[3:])
-    main()
+    elif sys.argv[1:2] == ["examine"]:
+        examine_all()
+    else:
+        main()

@@ -13,7 +13,6 @@ import base64
 import contextlib
 import hmac
 import importlib.util
-import inspect
 import ipaddress
 import json
 import logging
@@ -35,7 +34,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from itertools import islice
+from itertools import batched, islice
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 from urllib.parse import unquote, urlsplit
@@ -43,12 +42,12 @@ from urllib.parse import unquote, urlsplit
 import orjson
 import redis
 import uvicorn
-from amqp import Message as AmqpMessage
-from amqp.exceptions import AMQPError, ChannelError
+from amqp.exceptions import AMQPError, ChannelError, NotFound, PreconditionFailed
+from amqp.serialization import dumps
+from amqp.spec import Basic
 from celery import Celery
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import OperationalError
-from kombu.utils.json import dumps as kombu_dumps
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from starlette.applications import Starlette
@@ -62,6 +61,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+import agent
 import merge
 from agent import ending
 from merge import Invalid, Json, Limits, Messages, Run, parse_run
@@ -431,7 +431,7 @@ class Orchestrator:
         self.seen: list[Record] = []  #: as the runs were when they were last looked at
         self.next_look = 0.0  #: monotonic seconds
         self.adopted = False  #: whether the runs of the process before this one have been taken on
-        self.doing: dict[str, str] = {}  #: a word for what goes on in a run, by claim
+        self.watches: dict[str, Watch] = {}  #: what the monitor remembers of each run, by claim
 
     def start_run(self, run: Run) -> None:
         """Look, claim, store the configs, send the jobs, count them, start the agents.
@@ -673,7 +673,7 @@ class Orchestrator:
             "cause": record.cause,
             "unaccounted": books.unaccounted() if record.ended else [],
             "output": "" if record.free else self.platform.output(run_id),
-            "doing": "" if record.ended else self.doing.get(record.claim, ""),
+            "doing": "" if record.ended else self.watches.get(record.claim, Watch()).doing,
         }
 
     def drop(self, run_id: str) -> Json:
@@ -823,6 +823,7 @@ class Watch:
 
     since: dict[str, float] = field(default_factory=dict)  #: condition -> monotonic seconds
     said: dict[str, object] = field(default_factory=dict)  #: topic -> what was said of it last
+    doing: str = ""  #: a word for what goes on in it
     reason: str = ""  #: why its agents do not work, as last looked for
     closing: bool = False  #: whether its end has been written, and that not answered yet
 
@@ -851,7 +852,6 @@ class Monitor:
         self.orchestrator, self.settings = orchestrator, orchestrator.settings
         self.registry, self.broker = orchestrator.registry, orchestrator.broker
         self.platform = orchestrator.platform
-        self.watches: dict[str, Watch] = {}  #: by claim
         self.waiting = False  #: for a dependency that is away
 
     def tick(self) -> None:
@@ -876,11 +876,10 @@ class Monitor:
         live = [record for record in records if not record.ended]
         depths = self.broker.depths([record.run_id for record in live])
         books = self.registry.books(live)
-        self.watches = {r.claim: self.watches.get(r.claim, Watch()) for r in records}
-        doing = self.orchestrator.doing.items()  # not for ever of runs that nobody can see any more
-        self.orchestrator.doing = {c: text for c, text in doing if c in self.watches}
+        known = self.orchestrator.watches  # not for ever of runs that nobody can see any more
+        self.orchestrator.watches = {r.claim: known.get(r.claim, Watch()) for r in records}
         for record in records:
-            watch = self.watches[record.claim]
+            watch = self.orchestrator.watches[record.claim]
             try:
                 if record.ended:
                     if watch.closing and self.orchestrator.swap(record):  # which also copies it
@@ -958,7 +957,7 @@ class Monitor:
             doing = f"no job has ended for a minute; these are at work: {begun}"
         if doing.startswith(("waits", "no job")) and watch.new("doing", doing):
             say("run stands still", logging.WARNING, run_id=record.run_id, reason=doing)
-        self.orchestrator.doing[record.claim] = doing
+        watch.doing = doing
         if watch.new("time", now) and watch.new("progress", (*counts.values(), fleet.live)):
             say("run progress", run_id=record.run_id, **counts, agents=fleet.live)
             self.platform.note(record, counts)
@@ -1255,31 +1254,28 @@ class Broker:
         )
         return connection
 
+    def check(self) -> None:
+        """Raise unless the broker answers."""
+        self.connect().release()
+
     @contextlib.contextmanager
     def channel(self) -> Iterator[Any]:
-        """A channel for a few steps; a connection that served well is kept for the next ones."""
+        """A channel for a few steps, of a connection that is kept for the next ones.
+
+        After an error none is kept: what broke one connection may have broken all.
+        """
         try:
             connection = self.kept.pop()
         except IndexError:
             connection = self.connect()
         try:
-            channel = connection.channel()
-            yield channel
-            channel.close()  # not after an error, whose words that of a silent broker would hide
-        except BaseException as error:
-            if isinstance(error, ChannelError):
-                self.kept.append(connection)
-            else:
-                kept, self.kept = self.kept, []
-                for broken in (connection, *kept):  # what broke one may have broken all
-                    with contextlib.suppress(*ERRORS):
-                        broken.release()
+            yield connection.default_channel
+        except BaseException:
+            broken, self.kept = [connection, *self.kept], []
+            for each in broken:
+                each.collect()  # without a word to a broker that may be silent
             raise
         self.kept.append(connection)
-
-    def check(self) -> None:
-        """Raise unless the broker answers."""
-        self.connect().release()
 
     def depths(self, run_ids: list[str]) -> dict[str, Depth | Exception]:
         """Look at queues; for one that cannot be looked at, why."""
@@ -1289,19 +1285,30 @@ class Broker:
             try:
                 with self.channel() as channel:
                     self.look(channel, left, depths)
-            except ChannelError:  # closes the channel: the others are looked at on a new one
-                if left[0] not in depths:
-                    raise
             except ERRORS:
                 if not kept:  # else on a new connection, since those that were kept have died
                     raise
-        if self.redis is not None and depths:
-            held = Counter(orjson.loads(data)[2] for data in self.redis.hvals("unacked"))
-            for run_id, depth in depths.items():
-                if isinstance(depth, Depth):
-                    missing = depth.missing and not held[run_id]
-                    depths[run_id] = replace(depth, consumers=held[run_id], missing=missing)
+        held = Counter(self.held().values())
+        for run_id, depth in depths.items():
+            if held[run_id] and isinstance(depth, Depth):
+                depths[run_id] = replace(depth, consumers=held[run_id], missing=False)
         return depths
+
+    def look(self, channel: Any, run_ids: list[str], depths: dict[str, Depth | Exception]) -> None:
+        """Declare queues passively, up to one that is refused; all before the first answer."""
+        for run_id in run_ids if self.amqp else ():
+            channel.send_method((50, 10), "BsbbbbbF", (0, run_id, True, *[False] * 4, {}))
+        for run_id in run_ids:
+            try:
+                if self.amqp:
+                    found = channel.wait((50, 11), returns_tuple=True)
+                else:
+                    found = channel.queue_declare(run_id, passive=True)
+                depths[run_id] = Depth(*found[1:])
+            except ChannelError as error:
+                # A queue whose node is down is answered with 404 as well.
+                depths[run_id] = Depth(missing=True) if "no queue" in str(error) else error
+                break  # the channel was closed, and is open again
 
     def depth(self, run_id: str) -> Depth:
         """Look at one queue."""
@@ -1310,36 +1317,14 @@ class Broker:
             raise depth
         return depth
 
-    def look(self, channel: Any, run_ids: list[str], depths: dict[str, Depth | Exception]) -> None:
-        """One passive declare each, all sent before the first answer is awaited."""
-        if self.amqp:
-            for run_id in run_ids:
-                channel.send_method((50, 10), "BsbbbbbF", (0, run_id, True, *[False] * 4, {}))
-        for run_id in run_ids:
-            try:
-                if self.amqp:
-                    found = channel.wait((50, 11), returns_tuple=True)[1:]
-                else:
-                    found = channel.queue_declare(run_id, passive=True)[1:]
-                depths[run_id] = Depth(*found)
-            except ChannelError as error:
-                # A queue whose node is down is answered with 404 as well.
-                missing = "404" in str(error) and "no queue" in str(error)
-                depths[run_id] = Depth(missing=True) if missing else error
-                if self.amqp:
-                    raise
-
     def look_for_others(self, run_id: str) -> None:
         """Raise `Failed` (409) where there is a queue or an exchange of this name."""
-        taken = not self.depth(run_id).missing
-        if self.amqp and not taken:
-            try:
-                with self.channel() as channel:
-                    channel.exchange_declare(run_id, "direct", passive=True)
-                taken = True
-            except ChannelError as error:
-                taken = "404" not in str(error)
-        if taken or (self.redis is not None and self.redis.exists(f"_kombu.binding.{run_id}")):
+        found = not self.depth(run_id).missing
+        if self.amqp and not found:
+            with self.channel() as channel, contextlib.suppress(NotFound):
+                channel.exchange_declare(run_id, "direct", passive=True)
+                found = True
+        if found or (self.redis is not None and self.redis.exists(f"_kombu.binding.{run_id}")):
             text = f"a queue or exchange {run_id} exists that belongs to no run"
             raise Failed(409, f"{text}; nothing was changed, choose another run_id")
 
@@ -1353,92 +1338,79 @@ class Broker:
     def send_jobs(self, run: Run, check: Callable[[], None]) -> None:
         """Declare the run's queue and send every job message, confirmed by the broker."""
         with self.channel() as channel:
-            queue = run_queue(run.run_id)(channel)
-            check()
-            # A refusal of what is not waited for comes with the next answer that is.
-            queue.exchange.declare(nowait=self.amqp)
-            queue.queue_declare()
-            queue.queue_bind(nowait=self.amqp)
             if self.amqp:
                 self.publish(channel, run, check)
             elif self.redis is not None:
-                self.push(self.redis, channel, run, check)
+                for entries in batched(self.entries(channel, run), 100):
+                    check()
+                    self.redis.lpush(run.run_id, *entries)
             else:
-                for index, job in enumerate(run.jobs):
-                    if index % 1000 == 0:
-                        check()
+                for job in run.jobs:
+                    check()
                     self.send(channel, run, job)
 
-    def send(self, channel: Any, run: Run, job: Any, **options: Any) -> None:
-        """Send one job as Celery does."""
+    def send(self, channel: Any, run: Run, job: object, **options: Any) -> None:
+        """Send one job as Celery does, which also declares the queue."""
         if (limit := run.job_time_limit) is not None:
             options |= {"soft_time_limit": limit, "time_limit": limit + 30}
-        options |= {"queue": run_queue(run.run_id), "producer": Producer(channel)}
+        # What Celery makes of a name, which it would keep for ever.
+        options["queue"] = Queue(run.run_id, Exchange(run.run_id), routing_key=run.run_id)
+        options |= {"producer": Producer(channel), "argsrepr": "(<job>,)"}
         self.celery.send_task(merge.TASK, args=[job], **options)
 
+    def sample(self, channel: Any, method: str, run: Run) -> Any:
+        """What Celery hands to a method of the channel to send a job, here `SAMPLE`."""
+        handed: list[Any] = []
+        setattr(channel, method, lambda *message, **_: handed.extend(message))
+        self.send(channel, run, SAMPLE, task_id=SAMPLE, declare=[])
+        delattr(channel, method)
+        return handed[-1]
+
     def publish(self, channel: Any, run: Run, check: Callable[[], None]) -> None:
-        """Publish the jobs of a run with publisher confirms, about `WINDOW` ahead of them.
+        """Publish the jobs of a run with publisher confirms, `WINDOW` ahead of them at most.
 
         Raises `OperationalError` when the broker refuses one or is silent for `timeout` seconds.
         """
-        captured: list[Any] = []
-        channel.basic_publish = lambda message, **_: captured.append(message)
-        mould = Mould(run.jobs)
-        self.send(channel, run, mould.job, **mould.options)
-        del channel.basic_publish
-        mould.split(captured[0].body.encode())
-        properties = captured[0]._serialize_properties()
+        message = self.sample(channel, "basic_publish", run)
+        copied = copies(run.jobs, message._serialize_properties(), message.body.encode())
+        pending: set[int] = set()
+
+        def confirm(method: tuple[int, int], tag: int, multiple: bool) -> None:
+            if method == Basic.Nack:
+                raise OperationalError("it refused a job message; is it out of disk space?")
+            pending.difference_update(range(min(pending), tag + 1) if multiple else [tag])
+
+        check()
+        channel = channel.connection.channel()  # whose messages are counted from 1
+        # A refusal of what is not waited for comes with the next answer that is.
+        channel.queue_declare(run.run_id, durable=True, auto_delete=False, nowait=True)
         channel.confirm_select(nowait=True)
-        pending: dict[int, None] = {}
-
-        def confirm(tag: int, multiple: bool) -> None:
-            if not multiple:
-                pending.pop(tag, None)
-            while multiple and pending and (first := next(iter(pending))) <= tag:
-                del pending[first]
-
-        def refuse(tag: int, multiple: bool) -> None:
-            raise OperationalError("it refused a job message; is it out of disk space?")
-
-        channel.events["basic_ack"].add(confirm)
-        channel.events["basic_nack"].add(refuse)
-        message, last = Stamped(b""), len(run.jobs)
-        for tag, job in enumerate(run.jobs, 1):
-            if tag % 500 == 1:
+        arguments = dumps("Bssbb", (0, "", run.run_id, False, False))
+        write, number, last = channel.connection.frame_writer, channel.channel_id, len(run.jobs)
+        try:
+            for tag, (head, message.body) in enumerate(copied, 1):
+                message._serialize_properties = lambda head=head: head
                 check()
-            message.body, message.stamped = mould.body(run, job), mould.stamp(properties, job)
-            pending[tag] = None
-            channel.basic_publish(message, run.run_id, run.run_id)
-            while len(pending) > (0 if tag == last else self.WINDOW):
-                try:
-                    channel.connection.drain_events(timeout=self.timeout)
-                except TimeoutError:
-                    text = f"no confirmation within {self.timeout} s; is a memory or disk alarm on?"
-                    raise OperationalError(text) from None
+                write(1, number, Basic.Publish, arguments, message)
+                pending.add(tag)
+                while len(pending) > (0 if tag == last else self.WINDOW):
+                    channel.wait([Basic.Ack, Basic.Nack], confirm, self.timeout)
+        except (TimeoutError, BlockingIOError):
+            text = f"no confirmation within {self.timeout} s; is a memory or disk alarm on?"
+            raise OperationalError(text) from None
+        channel.close()
 
-    def push(self, client: redis.Redis, channel: Any, run: Run, check: Callable[[], None]) -> None:
-        """Push the jobs of a run onto the list in Redis that is their queue for kombu."""
-        captured: list[Any] = []
-        channel._put = lambda queue, message, **_: captured.append(message)
-        mould = Mould(run.jobs)
-        self.send(channel, run, mould.job, **mould.options)
-        del channel._put
-        mould.split(base64.b64decode(captured[0]["body"]))
-        tag = captured[0]["properties"]["delivery_tag"].encode()
-        whole, body = kombu_dumps(captured[0]).encode(), captured[0]["body"].encode()
-        jobs = iter(run.jobs)
-        while pushed := [
-            mould.stamp(whole, job)
-            .replace(body, base64.b64encode(mould.body(run, job)))
-            .replace(tag, str(uuid.uuid4()).encode())
-            for job in islice(jobs, 500)
-        ]:
-            check()
-            client.lpush(run.run_id, *pushed)
+    def entries(self, channel: Any, run: Run) -> Iterator[bytes]:
+        """The messages of a run as kombu keeps them in the list in Redis that is its queue."""
+        message = self.sample(channel, "_put", run)
+        message["properties"]["delivery_tag"] = SAMPLE
+        whole, encoded = json.dumps(message).encode(), message["body"].encode()
+        for entry, body in copies(run.jobs, whole, base64.b64decode(encoded)):
+            yield entry.replace(encoded, base64.b64encode(body))
 
     def purge(self, run_id: str) -> None:
         """Drop the jobs that no worker holds."""
-        with contextlib.suppress(ChannelError), self.channel() as channel:
+        with self.channel() as channel, contextlib.suppress(NotFound):
             channel.queue_purge(run_id)
 
     def forget(self, run_id: str, unused: bool = False) -> bool:
@@ -1446,36 +1418,31 @@ class Broker:
 
         With `unused` the queue only when it is empty and has no consumers. Returns whether it went.
         """
-        try:
-            with self.channel() as channel:
+        self.give_back(run_id)
+        with self.channel() as channel:
+            try:
                 channel.queue_delete(run_id, if_unused=unused and self.amqp, if_empty=unused)
-        except ChannelError as error:
-            if "no queue" not in str(error):  # also where its node is down
-                if unused:
-                    return False
-                raise
-        if self.amqp:
-            with contextlib.suppress(ChannelError), self.channel() as channel:
-                channel.exchange_delete(run_id, if_unused=True)
+            except PreconditionFailed:
+                return False
+            if self.amqp:
+                with contextlib.suppress(PreconditionFailed):
+                    channel.exchange_delete(run_id, if_unused=True)
         if self.redis is not None:
-            for tag in self.held(self.redis, run_id):
-                self.redis.hdel("unacked", tag)
-                self.redis.zrem("unacked_index", tag)
             prefixes = ("", "_kombu.binding.", "_kombu.binding_permanent.")
             self.redis.delete(*(prefix + run_id for prefix in prefixes))
         return True
 
-    def held(self, client: redis.Redis, run_id: str) -> list[str]:
-        """The delivery tags of the jobs that workers hold, where Redis is the broker."""
-        unacked = client.hscan_iter("unacked")
-        return [tag.decode() for tag, data in unacked if orjson.loads(data)[2] == run_id]
+    def held(self) -> dict[Any, str]:
+        """The jobs that workers hold, where Redis is the broker: run ids by delivery tag."""
+        held = {} if self.redis is None else self.redis.hgetall("unacked")
+        return {tag: orjson.loads(data)[2] for tag, data in held.items()}
 
     def give_back(self, run_id: str) -> int:
         """Return jobs that dead workers held to the queue, where the broker does not (Redis).
 
         Kombu does that by itself only after its visibility timeout, an hour. Returns how many.
         """
-        tags = [] if self.redis is None else self.held(self.redis, run_id)
+        tags = [tag for tag, holder in self.held().items() if holder == run_id]
         if tags:
             with self.channel() as channel:
                 for tag in tags:
@@ -1483,50 +1450,17 @@ class Broker:
         return len(tags)
 
 
-class Stamped(AmqpMessage):  # type: ignore[misc]  # amqp has no types
-    """A message whose properties are serialised already."""
-
-    stamped: bytes
-
-    def _serialize_properties(self) -> bytes:
-        return self.stamped
+#: Stands for the task id and for the job in the message that those of a run are copied from.
+SAMPLE = str(uuid.uuid4())
 
 
-class Mould:
-    """The one message of a run that Celery's own `send_task` makes; the others are cast from it.
-
-    They differ in the job, the task id and the `argsrepr`, what logs and Flower show of the job;
-    these two have the same length in all.
-    """
-
-    def __init__(self, jobs: Messages) -> None:
-        self.width = len(str(jobs.count))
-        self.task_id, self.job = str(uuid.uuid4()), str(uuid.uuid4())
-        self.options = {"task_id": self.task_id, "argsrepr": self.shown(0)}
-        self.head = self.tail = b""
-
-    def shown(self, index: int) -> str:
-        """The `argsrepr` of a job."""
-        return f"(<job {index:0{self.width}}>,)"
-
-    def split(self, body: bytes) -> None:
-        """Take the body apart where the job stands."""
-        self.head, self.tail = body.split(json.dumps(self.job).encode())
-
-    def body(self, run: Run, job: Json) -> bytes:
-        """The body of a job's message."""
-        return b"".join((self.head, run.jobs.encode(job), self.tail))
-
-    def stamp(self, cast: bytes, job: Json) -> bytes:
-        """A copy with a task id of its own and the job's `argsrepr`."""
-        stamped = cast.replace(self.task_id.encode(), str(uuid.uuid4()).encode())
-        shown = self.shown(job["targetted_job"])
-        return stamped.replace(self.options["argsrepr"].encode(), shown.encode())
-
-
-def run_queue(run_id: str) -> Queue:
-    """The run's queue, as Celery's defaults declare it."""
-    return Queue(run_id, Exchange(run_id), routing_key=run_id)
+def copies(jobs: Messages, head: bytes, body: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Head and body of each job's message: those of the sample, with its job and a task id."""
+    before, after = body.split(json.dumps(SAMPLE).encode())
+    start = str(uuid.uuid4())[:24]  # of the task ids, which end in the job's index
+    for job in jobs:
+        task_id = f"{start}{job[jobs.target]:012}"
+        yield head.replace(SAMPLE.encode(), task_id.encode()), before + jobs.encode(job) + after
 
 
 # Agents: the pods of a Kubernetes Indexed Job, or processes that are treated as these would be
@@ -2176,24 +2110,15 @@ def check_parts(items: list[tuple[str, UploadFile | str]], settings: Settings) -
             raise Failed(413, f"the part {name} is larger than {limit} bytes ({setting})")
 
 
-#: Executed by a process of its own: Python's compiler may crash on what a client posts, or take
-#: gigabytes for it. Has 10 s of CPU and 1 GiB of memory for all the scripts of a run.
-EXAMINER = """
-import json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
-for script in json.load(sys.stdin):
-    print(json.dumps(examine(script)), flush=True)
-"""
 SMALL_SCRIPT = 2048  # characters, in which nothing fits that is hard to compile
 
 
 def examine(scripts: list[str]) -> list[Json]:
-    """What `merge.examine` says of each script, whatever they do to the compiler."""
+    """What `agent.examine` says of each script, whatever they do to the compiler."""
     if all(len(script) <= SMALL_SCRIPT for script in scripts):
-        return [merge.examine(script) for script in scripts]
-    source = "Json = dict\n" + inspect.getsource(merge.examine) + EXAMINER
-    command, posted = [sys.executable, "-I", "-S", "-c", source], json.dumps(scripts).encode()
+        return [agent.examine(script) for script in scripts]
+    command = [sys.executable, "-I", "-S", str(HERE / "agent.py"), "examine"]
+    posted = json.dumps(scripts).encode()
     try:
         output = subprocess.run(command, input=posted, capture_output=True, timeout=30).stdout
     except subprocess.TimeoutExpired as late:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 type Json = dict[str, Any]
 
 PARTS = "configtemplate", "data_job", "data_agent", "python_code", "requirements_txt", "configtune"
+_SCRIPT, _MESSAGE = "MAX_SCRIPT_BYTES", "MAX_MESSAGE_BYTES"  # settings that say what is too large
 TASK = "tasks.consume_message"  # that agents' scripts register, and that jobs are sent to
 RESERVED = "celery", "celeryev", "unacked"  # names that Celery and its brokers use themselves
 MAX_PROBLEMS = 1000  # an answer lists as many; a file with more has one cause, not a thousand
@@ -51,6 +52,7 @@ _FAULTS = {
     "\0": "a NUL byte; save the file as plain text in UTF-8",
     "\r": "a carriage return without line feed; end lines with LF or CRLF",
 }
+_CLOSED = 'text between a closing quote and a comma; inside quotes, write " as ""'
 _SURROGATE = re.compile("[\ud800-\udfff]")
 #: JSON read strictly; a number that is too large becomes an integer that is, for `check`
 _STRICT: Json = {
@@ -60,49 +62,18 @@ _STRICT: Json = {
 }
 _DECODER = json.JSONDecoder(**_STRICT)
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*+"|(NaN|-?Infinity)')
-_JSON_TYPES = {str: "a string", dict: "an object", list: "an array", int: "a number"}
-_JSON_IN_JSON = re.compile(r'"\s*[\[{]')
+_INNER = re.compile(r'"\s*[\[{]')  # a string in JSON that may be JSON too
 _INDEX = re.compile(r"[+-]?[0-9]{1,1000}")
-_BRACKETS, _STRING = "(?!)", r'"(?:[^"\\]|\\.)*+"\s*+'
+_BRACKETS, _STRING = "(?!)", r'"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+'
 for _ in range(64):  # levels; in each a text is read once, without going back
     _ITEM = rf"(?:{_STRING}:\s*+)?+(?:{_STRING}|[\w.+-]++\s*+|{_BRACKETS}\s*+)"
     _BRACKETS = rf"[\[{{]\s*+(?:{_ITEM}(?:,\s*+|(?=[\]}}])))*+[\]}}]"
-# A cell in quotes; or in brackets, and what follows; or with one that never closes; or any other.
-_QUOTED, _OTHER = r'"(?:[^"]|"")*+(?:"[^,]*+|$)', r"[\[{].*|[^,]*+"
-_CELL = re.compile(rf"(?<![^,])[ \t]*+(?:{_QUOTED}|({_BRACKETS})[ \t]*+([^,\r\n]*+)|{_OTHER})")
-_BARE = re.compile(r",[ \t]*+[\[{]")
-_FILE = re.compile(r"\s*#\W*(?:file\W+)?([\w./-]+\.py)\W*")  # begins in a bundle: `# == x.py ==`
+# A cell in quotes; or in brackets, and what follows; or with a bracket that never closes.
+_QUOTED = r'"[^"]*+(?:""[^"]*+)*+(?:"|$)'
+_CELL = re.compile(rf",[ \t]*+(?:{_QUOTED}|({_BRACKETS})[ \t]*+([^,\r\n]*+)|[\[{{].*)")
+_FIELD_STARTS = bytes.maketrans(b"123456789[\n", b"000000000{,")
 _PIP_ASIDE = re.compile(r"(^|\s)(#|--?[A-Za-z]).*")  # a comment, or options
 _PIP_DIRECT = re.compile(r"[A-Za-z][\w+.-]*://|file:|~|[\w./-]+(/|\.whl|\.zip|\.tar\.|\.tgz)")
-
-
-def examine(script: str) -> "Json":
-    """Tell whether `script` compiles, and by its syntax tree registers the task of jobs.
-
-    Returns `error` (None where it compiles) with its `line`, `column` (both from 1) and `text`
-    where they are known, and `task`. Stands by itself, imports included: its source can be run in
-    another process, for a compiler can be made to use all memory, or to crash.
-    """
-    import ast
-    import warnings
-
-    task = "tasks.consume_message"
-    found: Json = {"error": None, "line": None, "column": None, "text": None, "task": False}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            compile(script, "script", "exec", dont_inherit=True)
-            nodes = ast.walk(ast.parse(script if task in script else ""))
-        # A name that is no constant may well be that of the task, as the script holds it.
-        names = (n.value for n in nodes if isinstance(n, ast.keyword) and n.arg == "name")
-        found["task"] = any(getattr(name, "value", task) == task for name in names)
-    except SyntaxError as error:
-        line = error.lineno or 0
-        lines = script.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        found |= {"error": error.msg, "line": line or None, "column": error.offset}
-        found["text"] = "".join(lines[line - 1 : line]).strip() or None
-    except (RecursionError, MemoryError, ValueError, OverflowError) as error:
-        found["error"] = str(error) or type(error).__name__
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +101,10 @@ class Invalid(Exception):
     """What was posted cannot be run. Carries every problem that was found."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__(str(min(problems, key=lambda problem: problem.status)))
+        first = min(problems, key=lambda problem: problem.status)
+        super().__init__(str(first))
         self.problems = problems
-        #: 400 when a part does not parse, else 413 when one is too large, else 422
-        self.status = min(problem.status for problem in problems)
+        self.status = first.status  #: 400: a part does not parse; else 413: too large; else 422
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +129,10 @@ def merge(default: Any, override: Any) -> Any:
     """
     if not (isinstance(default, dict) and isinstance(override, dict)):
         return override
-    merged = {**default, **override}
-    for key, value in override.items():
-        if type(value) is dict:  # says no in half the time that isinstance takes
-            merged[key] = merge(default.get(key), value)
+    merged = default | override
+    for key in override:  # `type` says no in half the time that isinstance takes
+        if type(value := override[key]) is dict and key in default:
+            merged[key] = merge(default[key], value)
     return merged if override else default
 
 
@@ -169,8 +140,8 @@ def merge(default: Any, override: Any) -> Any:
 class Messages:
     """The agent configs or the job messages of a run: a default, overridden message by message.
 
-    Iterating makes the messages in the order of their index, each a dict of its own whose
-    untouched values are the default's. With `only`, these indexes alone are made, and counted.
+    Iterating makes them in the order of their index, each a dict of its own whose untouched
+    values are the default's. With `only`, these indexes alone are made, and counted.
     """
 
     default: Json
@@ -179,21 +150,16 @@ class Messages:
     only: list[int] | None = None  #: sorted and distinct
     rows: list[bytes | None] = field(default_factory=list)  #: by index: what overrides it, as JSON
 
+    encode = staticmethod(orjson.dumps)  #: a message as JSON
+
     def __len__(self) -> int:
         return len(self.only or range(self.count))
 
     def __iter__(self) -> Iterator[Json]:
-        return map(self.make, self.only or range(self.count))
-
-    def make(self, index: int) -> Json:
-        """The message number `index`."""
-        row = self.rows[index] if self.rows else None
-        override = orjson.loads(row) if row else {}
-        override[self.target] = index
-        message: Json = merge(self.default, override)
-        return message
-
-    encode = staticmethod(orjson.dumps)  #: a message as JSON
+        for index in self.only or range(self.count):
+            override = orjson.loads(self.rows[index] or b"{}")
+            override[self.target] = index
+            yield merge(self.default, override)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,15 +192,14 @@ def parse_run(
     parts: Mapping[str, bytes],
     new_run_id: str,
     limits: Limits,
-    ending: Callable[[str], str] = lambda run_id: "",
-    examine: Callable[[list[str]], list[Json]] = lambda scripts: list(map(examine, scripts)),
+    ending: Callable[[str], str],
+    examine: Callable[[list[str]], list[Json]],
 ) -> Run:
-    """Check everything that was posted and make it a `Run`.
+    """Check everything that was posted and make it a `Run`. Raises `Invalid` with every problem.
 
-    `parts` are the parts of the form by name; `new_run_id` is used where the template names none;
-    `ending` gives, for a run id, the text appended to every script that agents get; `examine` does
-    for all scripts at once, each given once, what the function of that name does for one.
-    Raises `Invalid` with every problem found.
+    `new_run_id` is used where the template names none; `ending` gives, for a run id, the text
+    appended to every script that agents get; `examine` says of all scripts at once, each given
+    once, what `agent.examine` says of one.
     """
     form = _Part(limits)
     template, *sheets, python_code, requirements_txt, configtune = (
@@ -249,28 +214,33 @@ def parse_run(
     run, own, job = template.sections(configtune.json() or {})
     settings, agents, jobs, only = template.run_message(run, new_run_id)
     ids, end = {"run_id": settings["run_id"]}, ending(settings["run_id"])
-    script = python_code.text(python_code.data)
+    script, field = python_code.text(python_code.data), "default_agent_message.code"
     config = dict(own or {})
     if script and not script.isspace():
         config["code"] = python_code.script(script, end)
     elif config.get("code") is not None:
-        config["code"] = template.script(config["code"], end, field="default_agent_message.code")
+        config["code"] = template.script(config["code"], end, field=field)
     elif script is not None and own is not None:
-        python_code.bad("no script: send this part, or put one into default_agent_message.code")
+        python_code.bad(f"no script: send this part, or put one into {field}")
     made = (
         Messages({**(job or {}), **ids}, "targetted_job", jobs, only),
         Messages({**config, **ids}, "targetted_agent", agents),
     )
     for messages, sheet in zip(made, sheets, strict=True):
         name = sheet.name.replace("data", "default") + "_message"
-        if not template.fits("merged message", orjson.dumps(messages.make(0)), field=name):
+        size = len(orjson.dumps({**messages.default, messages.target: messages.count}))
+        if not template.fits("merged message", size, limits.message, field=name):
             messages.default = {}  # its rows are judged all the same
-        messages.rows = sheet.rows(messages, end)
+        messages.rows = sheet.rows(messages, limits.message - size, end)
     settings["requirements"] = requirements_txt.requirements()
-    form.judge(examine)
+    form.judge(examine(list(form.scripts)))
     if form.problems:
         raise Invalid(form.problems)
-    return Run(**settings, jobs=made[0], configs=made[1], warnings=form.warnings())
+    warnings = [
+        str(Problem(part, text, line)) + f" ({times} in all)" * (times > 1)
+        for (part, text), (line, times) in form.slips.items()
+    ]
+    return Run(**settings, jobs=made[0], configs=made[1], warnings=warnings)
 
 
 @dataclass
@@ -280,6 +250,8 @@ class _Part:
     limits: Limits
     name: str = ""
     data: bytes = b""
+    long: bool = False  #: whether a CSV has numbers that orjson would round
+    plain: bool = False  #: whether all JSON in a CSV is as orjson reads it
     problems: list[Problem] = field(default_factory=list)
     #: what is allowed but mostly a slip, by part and text: its first line, and how often it is
     slips: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -297,58 +269,43 @@ class _Part:
         """Note what will be a warning: once, however often it is."""
         self.slips.setdefault((self.name, text[:2000]), [line or 0, 0])[1] += 1
 
-    def warnings(self) -> list[str]:
-        """What is allowed, but mostly a slip."""
-        return [
-            str(Problem(part, text, line)) + f" ({times} in all)" * (times > 1)
-            for (part, text), (line, times) in self.slips.items()
-        ]
+    def must(self, key: str, must: str, values: Json, **where: Any) -> None:
+        """Note that a field is not what it must be."""
+        got = f"not {json.dumps(values[key])[:80]}" if key in values else "but is missing"
+        self.bad(f"{key} must be {must}, {got}", **where)
 
-    def fits(self, what: str, data: bytes, **where: Any) -> bool:
-        """Whether something is within its limit; that it is not is noted."""
-        setting = "MAX_SCRIPT_BYTES" if what == "script" else "MAX_MESSAGE_BYTES"
-        limits = {"script": self.limits.script, "merged message": self.limits.message}
-        limit = limits.get(what, 2 * self.limits.message + 2**20)  # two messages, and white space
-        if len(data) > limit:
-            message = f"the {what} has {len(data)} bytes; at most {limit} are allowed ({setting})"
-            self.bad(message, status=413, **where)
-        return len(data) <= limit
+    def fits(self, what: str, size: int, limit: int, setting: str = _MESSAGE, **at: Any) -> bool:
+        """Whether something of `size` bytes is within its limit; that it is not is noted."""
+        if size > limit:
+            text = f"the {what} has {size} bytes; at most {limit} are allowed ({setting})"
+            self.bad(text, status=413, **at)
+        return size <= limit
 
     def script(self, code: Any, ending: str, **where: Any) -> str:
         """A script as agents get it. It will be examined."""
         if not isinstance(code, str):
-            self.bad(f"code must be a string, not {_json_type(code)}", **where)
-        elif self.fits("script", code.encode(), **where):
+            self.must("code", "a string", {"code": code}, **where)
+        elif self.fits("script", len(code.encode()), self.limits.script, _SCRIPT, **where):
             self.scripts.setdefault(code, []).append((self, where))
         return f"{code}{ending}"
 
-    def judge(self, examine: Callable[[list[str]], list[Json]]) -> None:
+    def judge(self, verdicts: list[Json]) -> None:
         """Note the scripts that do not compile, and those that know no jobs."""
-        results = examine(list(self.scripts)) if self.scripts else []
-        for (script, places), found in zip(self.scripts.items(), results, strict=True):
-            wrong, line = f"the script does not compile: {found.get('error')}", found.get("line")
-            if line:
-                before = enumerate(reversed(script.split("\n")[: line - 1]), 1)
-                files = ((own, _FILE.fullmatch(text[:120])) for own, text in before)
-                file = next((f", line {own} of {file[1]}" for own, file in files if file), "")
-                wrong += f" (line {line}{file})"
-            if found.get("text"):
-                wrong += f": {found['text']}"
+        for places, found in zip(self.scripts.values(), verdicts, strict=True):
             for part, where in places:
-                if found.get("error"):
-                    part.bad(wrong, **where or {"line": line, "column": found.get("column")})
+                if error := found.get("error"):
+                    where = where or {key: found.get(key) for key in ("line", "column")}
+                    part.bad(f"the script does not compile: {error}", **where)
                 elif not found.get("task"):
                     slip = f"the script registers no task {TASK}; will agents know the jobs?"
                     part.slip(slip, where.get("line"))
 
     def text(self, data: bytes, line: int | None = None) -> str | None:
         """The part's data as text, or a line of it; None with a problem where it is not."""
-        large = len(data) > self.limits.message  # which is still less than is allowed
-        if large and not self.fits("line" if line else "file", data, line=line):
+        limit = 2 * self.limits.message + 2**20  # two messages, and white space
+        if not self.fits("line" if line else "file", len(data), limit, line=line):
             return None
         text = data.decode(errors="surrogateescape")
-        if text.isascii() and "\0" not in text and "\r" not in text:  # mostly
-            return text
         if fault := (_NO_LINE if line else _NO_TEXT).search(text):
             at, status = fault.start(), 400 if self.name.startswith("config") else 422
             row, column = (line or 1) + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
@@ -362,11 +319,9 @@ class _Part:
             self.slip("a character is lost (U+FFFD): a browser or an editor has damaged it", row)
         return text
 
-    def json(self) -> Json | None:
-        """The part as a JSON object; None where it was not posted, or with a problem."""
-        text = self.text(self.data)
-        if not text:
-            return None
+    def json(self, change: Callable[..., Any] | None = None) -> Json | None:
+        """The part as a JSON object, changed; None where it was not posted, or with a problem."""
+        text = self.text(self.data) or ""
 
         def pairs(items: list[tuple[str, Any]]) -> Json:
             for name, times in Counter(name for name, _ in items).items():
@@ -375,7 +330,13 @@ class _Part:
             return dict(items)
 
         try:
-            value = json.loads(text, object_pairs_hook=pairs, **_STRICT)
+            if text:
+                value = json.loads(text, object_pairs_hook=pairs, **_STRICT)
+                if isinstance(value, dict):
+                    known = len(self.problems)
+                    value = self.walk(value, change, None, "", 0)
+                    return value if len(self.problems) == known else None
+                self.bad(f"must be a JSON object, not {json.dumps(value)}")
         except RecursionError:
             self.bad(f"nested deeper than {self.limits.depth} levels")
         except ValueError as error:
@@ -387,49 +348,45 @@ class _Part:
             if error.msg.startswith(("Expecting property", "Expecting value", "Illegal")):
                 message += "; is there a comma too many, or a quote that is not double?"
             self.bad(message, error.lineno, column=error.colno, status=400)
-        else:
-            if isinstance(value, dict) and self.check(value):
-                return value
-            if not isinstance(value, dict):
-                self.bad(f"must be a JSON object, not {_json_type(value)}")
         return None
 
-    def check(self, value: Any, line: int | None = None, path: str = "", level: int = 0) -> bool:
-        """Whether a parsed value can be sent on as JSON; what in it cannot is noted."""
-        known, depth, wrong = len(self.problems), min(self.limits.depth, 120), ""
-        if isinstance(value, dict | list) and level >= depth:
-            wrong = f"nested deeper than {depth} levels"
-        elif isinstance(value, dict | list):
+    def walk(self, value: Any, change: Any, line: int | None, path: str, level: int) -> Any:
+        """A parsed value, its strings changed; what cannot be sent as JSON is noted, not kept."""
+        depth, walked = min(self.limits.depth, 120), {}
+        if isinstance(value, dict | list) and level < depth:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 where = f"{path}.{key}"[:300] if path else str(key)[:300]
-                self.check(key, line, where)
-                self.check(item, line, where, level + 1)
+                name = self.walk(key, None, line, where, 0)
+                walked[name] = self.walk(item, change, line, where, level + 1)
+            return walked if isinstance(value, dict) else list(walked.values())
+        if isinstance(value, dict | list):
+            self.bad(f"nested deeper than {depth} levels", line, field=path)
         elif isinstance(value, str) and _SURROGATE.search(value):
-            wrong = "a lone surrogate is not text"
+            self.bad("a lone surrogate is not text", line, field=path)
         elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-            wrong = "a number too large for 64 bits; write it as a string"
-        if wrong:
-            self.bad(wrong, line, field=path)
-        return len(self.problems) == known
+            self.bad("a number too large for 64 bits; write it as a string", line, field=path)
+        else:
+            changed = change and isinstance(value, str)
+            return change(value, line, path, level) if changed else value
+        return ""
 
     def sections(self, tune: Json) -> Iterator[Any]:
         """The template's three objects, every `$env_NAME` in them replaced by `tune["NAME"]`."""
         left: dict[str, None] = {}
 
-        def change(text: str) -> Any:
+        def change(text: str, *_: Any) -> Any:
             name = text.removeprefix("$env_")
             if name != text and name not in tune:
                 left[text] = None
             return text if name == text else tune.get(name, text)
 
-        template = _mapped(self.json(), change)
+        template = self.json(change)
         if left:
             self.slip(f"configtune has no value for {', '.join(map(repr, left))}")
         for name in ("run_message", "default_agent_message", "default_job_message"):
             value = (template or {}).get(name)
             if template is not None and not isinstance(value, dict):
-                wrong = f"is {_json_type(value)}" if name in template else "is missing"
-                self.bad(f"{name} {wrong}; it must be an object", field=name)
+                self.must(name, "an object", template, field=name)
             yield value if isinstance(value, dict) else None
 
     def run_message(self, values: Json | None, new_run_id: str) -> tuple[Json, int, int, Any]:
@@ -437,38 +394,34 @@ class _Part:
         limits, given = self.limits, _OPTIONAL | (values or {})
         if generated := given.get("run_id") is None:
             given["run_id"] = new_run_id
-        found: Json = dict.fromkeys(_FIELDS, "") | {"number_of_agents": 1, "only_jobs": None}
-        found["number_of_jobs"] = limits.jobs
-
-        def bad(key: str, must: str) -> None:
-            got = f"not {json.dumps(given[key])[:80]}" if key in given else "but is missing"
-            self.bad(f"{key} must be {must}, {got}", field=f"run_message.{key}")
-
+        found: Json = {"number_of_agents": 1, "number_of_jobs": limits.jobs, "only_jobs": None}
+        wrong: dict[str, str] = {}
         for key, (pattern, must) in _FIELDS.items():
-            if re.fullmatch(pattern, json.dumps(given.get(key))):
-                found[key] = given.get(key)
-            elif values is not None:  # else that has been said
-                bad(key, must)
-        run_id, image, only = found["run_id"], found["image_name"], found["only_jobs"] or []
-        agents, jobs = found["number_of_agents"], found["number_of_jobs"]
+            right = re.fullmatch(pattern, json.dumps(given.get(key)))
+            found[key] = given.get(key) if right else found.get(key, "")
+            if not right:
+                wrong[key] = must
+        agents, jobs, only = map(found.pop, ("number_of_agents", "number_of_jobs", "only_jobs"))
+        run_id, image, only = found["run_id"], found["image_name"], sorted(only or ())
         host = f"{image}-{run_id}-{agents - 1}"
         if run_id in RESERVED:
-            bad("run_id", f"none of {', '.join(RESERVED)}, names that Celery uses itself")
+            wrong["run_id"] = f"none of {', '.join(RESERVED)}, names that Celery uses itself"
         if agents > limits.agents:
-            bad("number_of_agents", f"at most {limits.agents} here ({limits.agents_hint})")
+            wrong["number_of_agents"] = f"at most {limits.agents} here ({limits.agents_hint})"
         if jobs > limits.jobs:
-            hint = "ask the operator to raise MAX_JOBS"
-            bad("number_of_jobs", f"at most {limits.jobs} here ({hint})")
+            most = f"at most {limits.jobs} here (ask the operator to raise MAX_JOBS)"
+            wrong["number_of_jobs"] = most
         if len(set(only)) < len(only) or max(only, default=0) >= jobs:
-            bad("only_jobs", f"a list of distinct integers below number_of_jobs ({jobs})")
+            wrong["only_jobs"] = f"a list of distinct integers below number_of_jobs ({jobs})"
         if limits.k8s_names and len(host) > 63:
             longer = "image_name" if generated or len(image) > len(run_id) else "run_id"
-            bad(longer, f"shorter: Kubernetes allows 63 characters, and {host} has {len(host)}")
+            has = f"Kubernetes allows 63 characters, and {host} has {len(host)}"
+            wrong[longer] = f"shorter: {has}"
+        for key, must in wrong.items() if values is not None else ():  # else that has been said
+            self.must(key, must, given, field=f"run_message.{key}")
         if unknown := [key for key in values or () if key not in _FIELDS]:
             self.slip(f"run_message has no field {', '.join(map(repr, unknown))}: ignored")
-        for key in ("number_of_agents", "number_of_jobs", "only_jobs"):
-            del found[key]
-        return found, min(agents, limits.agents), min(jobs, limits.jobs), sorted(only) or None
+        return found, min(agents, limits.agents), min(jobs, limits.jobs), only or None
 
     def requirements(self) -> str:
         """The pip requirements, each read as pip would; "" where there are none."""
@@ -485,13 +438,13 @@ class _Part:
             line += 1 + joined.count("\0")
         return text if text.strip() else ""
 
-    def rows(self, messages: Messages, ending: str) -> list[bytes | None]:
+    def rows(self, messages: Messages, room: int, ending: str) -> list[bytes | None]:
         """What a CSV overrides each message with, by its index, as JSON."""
         target, count = messages.target, messages.count
         table = self.table() if not self.data.isspace() else iter(())
         columns = self.columns(*next(table, (1, [])), target)
         at = columns.index(target) if target in columns else None
-        override = self.overrides(messages, columns, ending)
+        override = self.overrides(messages, columns, room, ending)
         # One place more than there are messages: a file may count from 1.
         rows: list[bytes | None] = [None] * (count + 1)
         index = highest = -1
@@ -525,43 +478,49 @@ class _Part:
             self.slip(outside, last)
         return rows
 
-    def overrides(
-        self, messages: Messages, columns: list[str], ending: str
-    ) -> Callable[[list[str], int], bytes]:
+    def overrides(self, messages: Messages, columns: list[str], room: int, ending: str) -> Any:
         """What makes a row JSON, and notes what is wrong with it, or the message that it makes."""
-        default, depth, limit = messages.default, self.limits.depth, self.limits.message
-        size = len(orjson.dumps(messages.make(messages.count)))
-        digits = self.data.translate(bytes.maketrans(b"123456789", b"000000000"))
-        hint = f"; rows are selected by {messages.target!r}, and here by their position"
-        unknown = "" if messages.target in columns else hint
-        exact = b"0" * 19 in digits  # orjson would round such a number
+        default, target = messages.default, messages.target
+        hint = f"; rows are selected by {target!r}, and here by their position"
+        unknown = "" if target in columns else hint
 
         def override(cells: list[str], line: int) -> bytes:
-            row, data = {}, b""
-            try:
-                for column, cell in zip(columns, cells, strict=False):  # a row may be short
-                    if not (text := cell.strip()):
-                        continue
-                    value = row[column] = _value(text, exact) if text[0] in "{[" else text
-                    if column not in default:
-                        text = f"the column {column!r} is no key of the default message{unknown}"
-                        self.slip(text, line)
-                    elif value is text and isinstance(default[column], (dict, list)):
-                        self.slip(f"a cell of {column!r} is no JSON, but its default is", line)
-                if self.name == "data_agent" and "code" in row:
-                    row["code"] = self.script(row["code"], ending, line=line, field="code")
-                # A copy: what orjson returns keeps a kilobyte, however short it is.
-                data = orjson.dumps(row) + b" "
-            except (TypeError, RecursionError):
-                pass  # `check` says why
-            deep = len(data) > 2 * depth and data.count(b"{") + data.count(b"[") > depth
-            if (deep or not data) and self.check(row, line) and not data:
-                self.bad(f"nested deeper than {depth} levels", line)
-            if len(data) + size > limit:
-                self.fits("merged message", orjson.dumps(merge(default, row)), line=line)
+            row: Json = {}
+            for column, cell in zip(columns, cells, strict=False):  # a row may be short
+                if not (text := cell.strip()):
+                    continue
+                value = row[column] = self.cell(text, line, column) if text[0] in "{[" else text
+                if column not in default:
+                    slip = f"the column {column!r} is no key of the default message{unknown}"
+                    self.slip(slip, line)
+                elif value is text and isinstance(default[column], (dict, list)):
+                    self.slip(f"a cell of {column!r} is no JSON, but its default is", line)
+            if self.name == "data_agent" and "code" in row:
+                row["code"] = self.script(row["code"], ending, line=line, field="code")
+            data: bytes = orjson.dumps(row) + b" "  # a copy: what orjson returns keeps a kilobyte
+            if len(data) > room:  # else no message can be too large
+                size = len(orjson.dumps(merge(default, row)))
+                self.fits("merged message", size, self.limits.message, line=line)
             return data
 
         return override
+
+    def cell(self, text: str, line: Any, path: str, level: int = 1, odd: Any = False) -> Any:
+        """The JSON object or array that a text is, and texts in it are; or else the text itself."""
+        bare, depth = text.strip(), self.limits.depth
+        if bare[:1] not in ("{", "["):
+            return text
+        odd = odd or (len(bare) > depth and bare.count("{") + bare.count("[") + level > depth)
+        odd = odd or (not self.plain and (self.long or "\\" in bare or _INNER.search(bare)))
+        try:
+            if not odd:
+                return orjson.loads(bare)
+            return self.walk(_DECODER.decode(bare), self.cell, line, path, level)
+        except RecursionError:
+            self.bad(f"nested deeper than {depth} levels", line, field=path)
+            return ""
+        except ValueError:  # and orjson refuses some that `walk` names
+            return text if odd else self.cell(text, line, path, level, True)
 
     def columns(self, line: int, header: list[str], target: str) -> list[str]:
         """The columns of a CSV; none where one of them is wrong."""
@@ -571,18 +530,16 @@ class _Part:
             self.bad(f"the columns are separated by {kind}; save the file with commas", line)
         if len(columns) > (limit := self.limits.columns):
             self.bad(f"{len(columns)} columns; at most {limit} are allowed (MAX_COLUMNS)", line)
-            return []
-        for number, name in enumerate(columns, 1):
+        for number, name in enumerate(columns[:limit], 1):
             letters, wrong = re.sub(r"[\W_]", "", name.casefold()), ""
             near = [t for t in ("targettedjob", "targettedagent") if abs(len(t) - len(letters)) < 3]
-            likeness = max((SequenceMatcher(None, letters, t).ratio() for t in near), default=0)
             if not name:
                 wrong = f"column {number} has no name; name it or delete it"
             elif name == "run_id":
                 wrong = "run_id cannot be overridden; remove it"
             elif name in columns[: number - 1]:
                 wrong = f"the column {name!r} stands twice"
-            elif name != target and likeness > 0.83:  # but for two letters, or one more
+            elif name != target and get_close_matches(letters, near, 1, 0.83):  # two letters off
                 wrong = f"the column {name!r} selects no row; the name must be {target!r} here"
             elif _INDEX.fullmatch(name.replace(".", "", 1)) or name[0] in "{[":
                 self.slip(f"the first row names the columns, and {name!r} looks like data", line)
@@ -592,67 +549,40 @@ class _Part:
 
     def table(self) -> Iterator[tuple[int, list[str]]]:
         """The rows of a CSV that are not blank, each with the number of its first line."""
-        fresh = True  # whether the next line begins a row, or goes on within quotes
+        line = 1  # that the row begins in
 
         def lines() -> Iterator[str]:
-            nonlocal fresh
             for number, data in enumerate(io.BytesIO(self.data), 1):
-                if (text := self.text(data, number)) is None:
+                if (text := data.decode() if clean else self.text(data, number)) is None:
                     return
-                if _BARE.search("," + text):
-                    text = _CELL.sub(_bare, text) if fresh else _CELL.sub(_bare, '"' + text)[1:]
-                fresh = False
-                yield text
+                start = "," if number == line else ',"'  # the line goes on within quotes
+                yield _CELL.sub(_bare, start + text)[len(start) :]
 
-        plain = self.data.isascii() and b"\0" not in self.data and b"\r" not in self.data
-        plain &= max(map(len, io.BytesIO(self.data)), default=0) <= self.limits.message
-        plain &= b",{" not in self.data.translate(bytes.maketrans(b"[\n", b"{,"), b" \t")
-        source = map(bytes.decode, io.BytesIO(self.data)) if plain else lines()  # a fast way first
-        csv.field_size_limit(2 * self.limits.message + 2**20)  # of the process: always the same
-        reader, line = csv.reader(source, strict=True, skipinitialspace=True), 1
+        fields, size = b"," + self.data.translate(_FIELD_STARTS, b" \t"), self.limits.message
+        clean = self.data.isascii() and b"\0" not in self.data and b"\r" not in self.data
+        clean &= max(map(len, io.BytesIO(self.data)), default=0) <= size
+        bare, self.long = b",{" in fields, b"0" * 19 in fields
+        self.plain = clean and not (bare or self.long or b'""{' in fields or b"\\" in fields)
+        del fields  # which is as large as the file
+        source = map(bytes.decode, io.BytesIO(self.data)) if clean and not bare else lines()
+        csv.field_size_limit(2 * size + 2**20)  # of the process: always the same
+        reader = csv.reader(source, strict=True, skipinitialspace=True)
         while True:
             try:
                 for cells in reader:
                     if cells:
                         yield line, cells
-                    line, fresh = reader.line_num + 1, True
+                    line = reader.line_num + 1
                 return
             except csv.Error as error:
-                if "expected after" not in str(error):  # the end of the file
-                    self.bad("a quote opens in this row and never closes", line)
+                closed = "expected after" in str(error)  # else that is the end of the file
+                self.bad(_CLOSED if closed else "a quote opens in this row and never closes", line)
+                if not closed:
                     return
-                wrong = 'text between a closing quote and a comma; inside quotes, write " as ""'
-                self.bad(wrong, line)
-                line, fresh = reader.line_num + 1, True
-
-
-def _json_type(value: Any) -> str:
-    return _JSON_TYPES.get(type(value)) or json.dumps(value)
-
-
-def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """A parsed value with every string in it, but for keys, changed."""
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def _value(text: str, exact: bool) -> Any:
-    """The JSON object or array that a text is, or else the text."""
-    if (stripped := text.strip())[:1] not in ("{", "["):
-        return text
-    try:
-        value = _DECODER.decode(stripped) if exact else orjson.loads(stripped)
-    except ValueError:
-        return text if exact else _value(text, True)  # orjson refuses some that `check` names
-    # Strings in it that look like JSON are parsed too; mostly there are none.
-    inner = "\\" in text or _JSON_IN_JSON.search(text)
-    return _mapped(value, lambda string: _value(string, exact)) if inner else value
+                line = reader.line_num + 1
 
 
 def _bare(cell: re.Match[str]) -> str:
     """A cell of a CSV; if it is bare JSON (`{"a": 1, "b": 2}`), quoted as CSV wants it."""
     bare = cell[1] and not cell[2].strip()
-    return f'"{cell[1].replace('"', '""')}"' if bare else cell[0]
+    return f',"{cell[1].replace('"', '""')}"' if bare else cell[0]
