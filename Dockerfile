@@ -23,5 +23,8 @@ CMD ["python", "agent.py"]
 
 FROM base AS orchestrator
 COPY app.py merge.py agent.py ./
+USER root
+RUN python -m compileall -q .
+USER 1000:1000
 EXPOSE 8080
-CMD ["python", "app.py"]
+CMD ["python", "-m", "app"]

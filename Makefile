@@ -34,7 +34,7 @@ demo: $(VENV)/ready ## Run the example from start to end on this machine and sho
 	@$(PY) example/client.py demo
 
 run: $(VENV)/ready ## Serve on http://localhost:8080 (PORT=) until interrupted
-	@HOST=$${HOST:-127.0.0.1} $(PY) app.py
+	@HOST=$${HOST:-127.0.0.1} $(PY) -m app
 
 start: $(VENV)/ready ## Post the example, or the run in a folder (DIR=), to URL, and follow it
 	@$(PY) example/client.py start "$$DIR"

@@ -914,7 +914,7 @@ class Monitor:
         elif act == Act.CLEAR:
             self.clear(sight, watch)
         elif act == Act.END_UNSTARTED:
-            if self.platform.none_has_begun(record):
+            if self.platform.none_has_begun(record) and watch.new("ended unstarted", True):
                 self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
                 say("agents that never started are ended", logging.WARNING, run_id=record.run_id)
         elif act == Act.RESTART:

@@ -1151,9 +1151,9 @@ def test_one_dockerfile_makes_two_images_that_run_as_a_numbered_user_and_get_sig
     targets = re.findall(r"^FROM \S+ AS (\S+)$", text, re.M)
     assert targets[-1] == "orchestrator"
     assert "agent" in targets
-    assert re.findall(r"^USER (.*)$", text, re.M) == ["1000:1000"]
+    assert re.findall(r"^USER (.*)$", text, re.M) == ["1000:1000", "root", "1000:1000"]
     commands = [json.loads(line) for line in re.findall(r"^CMD (.*)$", text, re.M)]
-    assert commands == [["python", "agent.py"], ["python", "app.py"]]
+    assert commands == [["python", "agent.py"], ["python", "-m", "app"]]
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", text, re.M)).split())
     kept = set(re.findall(r"^!(.*)$", (CHART.parent / ".dockerignore").read_text(), re.M))
     assert copied == kept == {"app.py", "merge.py", "agent.py", "requirements.txt"}
