@@ -6147,7 +6147,7 @@ def test_a_start_that_stood_still_is_undone_and_writes_nothing_when_it_wakes(
         del environment["AGENT_COMMAND"]
         return distant(**environment)
 
-    first = Proxied(servers, through, patches=SHORT_LEASE, **settings)
+    first = Proxied(servers, through, TIMEOUT="1", **settings)
     run_id = new_run_id()
     process = first.orchestrator.running
 
