@@ -914,9 +914,11 @@ class Monitor:
         elif act == Act.CLEAR:
             self.clear(sight, watch)
         elif act == Act.END_UNSTARTED:
-            if self.platform.none_has_begun(record) and watch.new("ended unstarted", True):
+            if self.platform.none_has_begun(record):
                 self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
-                say("agents that never started are ended", logging.WARNING, run_id=record.run_id)
+                if watch.new("ended unstarted", record.restarts):
+                    text = "agents that never started are ended"
+                    say(text, logging.WARNING, run_id=record.run_id)
         elif act == Act.RESTART:
             self.restart(sight)
         elif act == Act.FAIL:
@@ -1419,6 +1421,10 @@ class Broker:
         With `unused` the queue only when it is empty and has no consumers. Returns whether it went.
         """
         self.give_back(run_id)
+        if unused and self.redis is not None and self.depth(run_id).ready:
+            return False  # kombu would not say so
+        if not unused:
+            self.purge(run_id)  # of jobs with a priority as well, which kombu leaves in Redis
         with self.channel() as channel:
             try:
                 channel.queue_delete(run_id, if_unused=unused and self.amqp, if_empty=unused)
@@ -1434,8 +1440,12 @@ class Broker:
 
     def held(self) -> dict[Any, str]:
         """The jobs that workers hold, where Redis is the broker: run ids by delivery tag."""
-        held = {} if self.redis is None else self.redis.hgetall("unacked")
-        return {tag: orjson.loads(data)[2] for tag, data in held.items()}
+        stored = {} if self.redis is None else self.redis.hgetall("unacked")
+        held = {}
+        for tag, data in stored.items():
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # it is somebody else's
+                held[tag] = str(json.loads(data)[2])
+        return held
 
     def give_back(self, run_id: str) -> int:
         """Return jobs that dead workers held to the queue, where the broker does not (Redis).

@@ -507,10 +507,11 @@ class _Part:
 
     def cell(self, text: str, line: Any, path: str, level: int = 1, odd: Any = False) -> Any:
         """The JSON object or array that a text is, and texts in it are; or else the text itself."""
-        bare, depth = text.strip(), self.limits.depth
+        bare, depth = text.strip(), min(self.limits.depth, 120)
         if bare[:1] not in ("{", "["):
             return text
-        odd = odd or (len(bare) > depth and bare.count("{") + bare.count("[") + level > depth)
+        long = 2 * level + len(bare) > depth
+        odd = odd or (long and bare.count("{") + bare.count("[") + level > depth)
         odd = odd or (not self.plain and (self.long or "\\" in bare or _INNER.search(bare)))
         try:
             if not odd:

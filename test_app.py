@@ -1875,6 +1875,29 @@ def test_what_no_run_has_made_is_never_touched(start: Start, own_redis: Servers)
 
 
 @pytest.mark.servers
+def test_a_job_with_a_priority_that_a_dead_worker_held_is_given_back_or_goes_with_its_run(
+    servers: Servers,
+) -> None:
+    """Where Redis is the broker, beside what another application has put there."""
+    url, run_id = f"redis://127.0.0.1:{servers.redis_port}/5", new_run_id()
+    broker = app.Broker(Settings(rabbitmq_url=url))
+    broker.celery.send_task(merge.TASK, args=[{}], queue=run_id, priority=5)
+    store = redis.Redis(port=servers.redis_port, db=5)
+    [queue] = [key for key in store.keys(f"{run_id}*") if store.type(key) == b"list"]
+    message: Any = store.rpop(queue)
+    held = json.dumps([json.loads(message), "", run_id])
+    store.hset("unacked", mapping={"held": held, "foreign": '{"a": NaN}'})
+    store.zadd("unacked_index", {"held": 1})
+    assert broker.depth(run_id).consumers == 1
+    assert not broker.forget(run_id, unused=True)
+    assert broker.depth(run_id) == Depth(ready=1)
+    assert broker.forget(run_id)
+    assert not store.keys(f"*{run_id}*")
+    assert store.hkeys("unacked") == [b"foreign"]
+    store.flushdb()
+
+
+@pytest.mark.servers
 def test_runs_that_would_share_a_key_are_not_in_flight_together(
     start: Start, own_redis: Servers
 ) -> None:
@@ -3142,6 +3165,12 @@ def place(problem: merge.Problem) -> str:
     found = [problem.part, problem.line, problem.column]
     shown = ":".join(str(item) for item in found if item is not None)
     return f"{shown} {problem.field}" if problem.field else shown
+
+
+def test_nesting_has_an_end_whatever_the_operator_allows() -> None:
+    deep = form(jobs_csv=f"a\n{'[' * 260}{']' * 260}\n")
+    with pytest.raises(merge.Invalid, match="nested deeper than 120 levels"):
+        parse_run(deep, "generated", Limits(depth=300), ending, app.examine)
 
 
 def test_examining_says_what_is_wrong_and_where() -> None:
