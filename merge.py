@@ -54,7 +54,7 @@ _FAULTS = {
 }
 _CLOSED = 'text between a closing quote and a comma; inside quotes, write " as ""'
 _SURROGATE = re.compile("[\ud800-\udfff]")
-#: JSON read strictly; a number that is too large becomes an integer that is, for `check`
+#: JSON read strictly; a number that is too large becomes an integer that is, for `walk`
 _STRICT: Json = {
     "parse_constant": int,  # which knows none of them
     "parse_int": lambda digits: int(digits[:30]),
@@ -201,7 +201,7 @@ def parse_run(
     appended to every script that agents get; `examine` says of all scripts at once, each given
     once, what `agent.examine` says of one.
     """
-    form = _Part(limits)
+    form = _Part(replace(limits, depth=min(limits.depth, 120)))
     template, *sheets, python_code, requirements_txt, configtune = (
         replace(form, name=name, data=parts.get(name, b"").removeprefix(b"\xef\xbb\xbf"))
         for name in PARTS
@@ -352,7 +352,7 @@ class _Part:
 
     def walk(self, value: Any, change: Any, line: int | None, path: str, level: int) -> Any:
         """A parsed value, its strings changed; what cannot be sent as JSON is noted, not kept."""
-        depth, walked = min(self.limits.depth, 120), {}
+        depth, walked = self.limits.depth, {}
         if isinstance(value, dict | list) and level < depth:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 where = f"{path}.{key}"[:300] if path else str(key)[:300]
@@ -507,7 +507,7 @@ class _Part:
 
     def cell(self, text: str, line: Any, path: str, level: int = 1, odd: Any = False) -> Any:
         """The JSON object or array that a text is, and texts in it are; or else the text itself."""
-        bare, depth = text.strip(), min(self.limits.depth, 120)
+        bare, depth = text.strip(), self.limits.depth
         if bare[:1] not in ("{", "["):
             return text
         long = 2 * level + len(bare) > depth
