@@ -592,9 +592,9 @@ class Orchestrator:
         while True:
             k8s_job = self.find(old)
             copied = b"" if k8s_job else self.registry.raw(old.run_id)
-            stored = k8s_job or self.registry.parsed(copied)
-            seen = record_of(stored)
-            if seen is None or stored is None or seen.claim != old.claim:
+            found = (record_of(k8s_job), k8s_job) if k8s_job else self.registry.parsed(copied)
+            seen, stored = found or (None, {})
+            if seen is None or seen.claim != old.claim:
                 return None
             new = replace(seen, **changes)
             if (seen.phase, seen.restarts, seen.ended) != (old.phase, old.restarts, old.ended):
@@ -629,10 +629,9 @@ class Orchestrator:
         is starting.
         """
         if fresh or time.monotonic() >= self.next_look:
-            stored = self.registry.all()
-            entered = [record for each in stored if (record := record_of(each))]
+            entered = self.registry.all()
             if self.settings.local and not self.adopted:
-                for record, k8s_job in zip(entered, stored, strict=True):
+                for record, k8s_job in entered:
                     if not record.ended and record.claim not in self.starting:
                         with contextlib.suppress(KubernetesError):  # posted before the first look
                             self.platform.create(k8s_job)
@@ -640,7 +639,7 @@ class Orchestrator:
             listed = list(filter(None, map(record_of, self.platform.k8s_jobs())))
             newest = {r.claim: r for r in sorted(listed, key=lambda r: r.restarts)}
             names, now = {record.run_id for record in listed}, time.time()
-            gone = [record for record in entered if record.run_id not in names]
+            gone = [record for record, _ in entered if record.run_id not in names]
             late = [r for r in gone if r.phase != Phase.STARTING or now >= r.deadline]
             self.seen = [*newest.values(), *late]
             self.next_look = time.monotonic() + self.platform.interval
@@ -1098,21 +1097,21 @@ class Registry:
         """Raise unless Redis can be written to: neither full nor a replica."""
         self.redis.set("armada:ready", 1, ex=60)
 
-    def parsed(self, data: Any) -> Json | None:
-        """What is stored of a run; None where it is nothing that was stored here."""
+    def parsed(self, data: Any) -> tuple[Record, Json] | None:
+        """What is stored of a run, and its record; None where it was not stored here."""
         try:
             k8s_job = orjson.loads(data or b"null")
         except ValueError:
             return None
         record = record_of(k8s_job)
-        return k8s_job if record and 0 < record.agents <= self.most_agents else None
+        return (record, k8s_job) if record and 0 < record.agents <= self.most_agents else None
 
     def enter(self, k8s_job: Json, record: Record) -> None:
         """Enter a run that starts. Raises `Failed` (409) where one of its id is there."""
         entered = False
         while not entered:
             old = self.raw(record.run_id)
-            other = record_of(self.parsed(old))
+            other, _ = self.parsed(old) or (None, None)
             if other and other.claim != record.claim and not other.free:
                 raise taken(other)
             entered = self.replace(record.run_id, old, k8s_job)
@@ -1133,9 +1132,10 @@ class Registry:
 
     def record(self, run_id: str) -> Record | None:
         """The record that is stored of one run."""
-        return record_of(self.parsed(self.raw(run_id)))
+        record, _ = self.parsed(self.raw(run_id)) or (None, None)
+        return record
 
-    def all(self) -> list[Json]:
+    def all(self) -> list[tuple[Record, Json]]:
         """What is stored of all runs; nothing where an agent has overwritten them."""
         try:
             return [found for found in map(self.parsed, self.redis.hvals(self.RUNS)) if found]
