@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -433,57 +433,82 @@ def main() -> None:
         sys.exit(worker.exitcode)
 
 
-def supervise(retries: int, command: list[str]) -> None:
-    """Run a local agent as Kubernetes would, and end with its exit code.
+def supervise(agents: int, retries: int, grace: float, folder: str, command: list[str]) -> None:
+    """Run the agents of a run on this machine as Kubernetes would, each with its POD_INDEX.
 
     One that crashes is started again, `retries` times with a growing delay; so is one that was told
-    to go (143) by others. Each has a process group and a temporary folder of its own, and all ends
-    when standard input does: with the orchestrator, however that ends. SIGTERM is handed on to the
-    agent alone, as in a pod: a worker takes a job whose process was ended by a signal for a failed
-    one.
+    to go (143) by others. For each that has ended for good there is a byte on standard output: `x`
+    if it crashed, else `.`; what it prints goes to a file of its own in `folder`, or nowhere.
+
+    SIGTERM is handed on to the agents alone, as in a pod: a worker takes a job whose process was
+    ended by a signal for a failed one. `grace` seconds later they are killed, and at once when
+    standard input ends: with the orchestrator, however that ends.
     """
     told, closed = threading.Event(), threading.Event()
-    current: list[subprocess.Popen[bytes]] = []
+    current: dict[int, subprocess.Popen[bytes]] = {}
 
     def end() -> None:
-        for process in current:
+        closed.set()
+        for process in list(current.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def tell(*_: object) -> None:
         told.set()
-        for process in current:
+        for process in list(current.values()):
             process.terminate()
+        threading.Timer(grace, end).start()
 
     def guard() -> None:
         sys.stdin.buffer.read()
         told.set()
-        closed.set()
         end()
+
+    def attempt(index: int, temporary: str, output: BinaryIO) -> int:
+        own = {**os.environ, "POD_INDEX": str(index), "TMPDIR": temporary}
+        process = current[index] = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=own,
+            start_new_session=True,  # a process group of its own, which ends with it
+        )
+        if told.is_set():
+            process.terminate()
+        if closed.is_set():
+            end()
+        code = process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        del current[index]
+        return code
+
+    def run(index: int) -> None:
+        crashes, ended = 0, b"x"  # also where it cannot be started
+        path = os.path.join(folder, f"agent-{index}.log") if folder else os.devnull
+        try:
+            while not told.is_set():
+                made = tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True)
+                with made as temporary, open(path, "ab") as output:
+                    code = attempt(index, temporary, output)
+                crashes += code not in (0, 143)
+                if code == 0 or crashes > retries:
+                    break
+                told.wait(2**crashes)
+            ended = b"x" if crashes > retries else b"."
+        finally:
+            os.write(1, ended)
 
     signal.signal(signal.SIGTERM, tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=guard, daemon=True).start()
-    code, crashes = 143, 0
-    while not told.is_set():
-        with tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True) as folder:
-            own = {**os.environ, "TMPDIR": folder}
-            null = subprocess.DEVNULL
-            process = subprocess.Popen(command, stdin=null, env=own, start_new_session=True)
-            current.append(process)
-            if told.is_set():
-                process.terminate()
-            if closed.is_set():
-                end()
-            code = process.wait()
-            end()
-            current.clear()
-        code = code if code >= 0 else 128 - code
-        crashes += code not in (0, 143)
-        if code == 0 or crashes > retries:
-            break
-        told.wait(2**crashes)
-    os._exit(code)
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(agents)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os._exit(0)
 
 
 def examine(script: str) -> dict[str, Any]:
@@ -537,7 +562,8 @@ def examine_all() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["supervise"]:
-        supervise(int(sys.argv[2]), sys.argv[3:])
+        count, tries, seconds, logs, *program = sys.argv[2:]
+        supervise(int(count), int(tries), float(seconds), logs, program)
     elif sys.argv[1:2] == ["examine"]:
         examine_all()
     else:

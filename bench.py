@@ -712,7 +712,7 @@ def looking(bench: Bench) -> list[Row]:
         parts["configtemplate"] = parts["configtemplate"].replace(b'jobs": 1', b'jobs": 1000000')
         run = merge.parse_run(parts, "", settings.limits, agent.ending, app.examine)
         phase = app.Phase.FINISHED if ended else app.Phase.RUNNING
-        record = replace(app.new_record(run, 60), phase=phase, ended=ended)
+        record = replace(app.new_record(run, settings), phase=phase, ended=ended)
         registry.enter(app.manifest(run, record, settings), record)
         told = json.dumps({"error": "E" * 500, "agent": 1})
         listed: Any = dict.fromkeys(range(0, jobs, 1000), told)
@@ -760,7 +760,7 @@ def monitor(bench: Bench) -> list[Row]:
     watching = app.Monitor(orchestrator)
     watching.tick()
     assert not watching.waiting, "Redis or RabbitMQ did not answer the monitor in time"
-    running = [each for each in orchestrator.records() if each.phase == app.Phase.RUNNING]
+    running = [each for each, _ in orchestrator.records() if each.phase == app.Phase.RUNNING]
     assert len(running) == 500, f"{len(running)} runs of 500 are in flight"
     wall, used = medians([timed(watching.tick) for _ in range(10)])
     bench.forget()
