@@ -527,17 +527,13 @@ class Orchestrator:
             if entered.claim == record.claim if entered else self.find(record):
                 self.broker.forget(record.run_id)
                 self.registry.forget(record)
-            self.remove(record)
+            self.delete(record)
+            self.registry.remove(record)
             self.to_undo.pop(record.claim, None)
             say("run undone", run_id=record.run_id)
         except ERRORS as error:
             self.to_undo[record.claim] = record
             say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
-
-    def remove(self, record: Record) -> None:
-        """Drop the record of a run: what holds its id."""
-        self.delete(record)
-        self.registry.remove(record)
 
     def delete(self, record: Record) -> None:
         """Delete the Kubernetes Jobs of a start."""
@@ -679,7 +675,8 @@ class Orchestrator:
         if self.swap(record):  # else its id may be another run's by now
             self.broker.forget(record.run_id, unused=record.phase != Phase.FAILED)
             self.registry.forget(record)
-            self.remove(record)
+            self.delete(record)
+            self.registry.remove(record)
 
 
 def new_record(run: Run, settings: Settings) -> Record:
@@ -983,7 +980,7 @@ class Monitor:
         kept = phase == Phase.FAILED
         if not kept and not self.broker.forget(sight.record.run_id, unused=True):
             return  # a job has come back
-        self.registry.forget_configs(sight.record)
+        self.registry.forget(sight.record, notes=False)
         self.close(sight, watch, phase=phase, cause=cause[:500])
 
     def close(self, sight: Sight, watch: Watch, **changes: Any) -> None:
@@ -1166,17 +1163,14 @@ class Registry:
         stored = self.redis.hkeys(self.note("begun", record.run_id))
         return sorted(int(index) for index in stored if index.isdigit())[:20]
 
-    def forget_configs(self, record: Record) -> None:
-        """Delete a run's configs."""
+    def forget(self, record: Record, notes: bool = True) -> None:
+        """Delete a run's configs, and its notes."""
         mine = f'"run_id":"{record.run_id}"'
         indices = iter(range(record.agents))
         while keys := [merge.config_key(record.run_id, i) for i in islice(indices, 1000)]:
             self.redis.eval(self.FORGET, len(keys), *keys, mine)
-
-    def forget(self, record: Record) -> None:
-        """Delete a run's configs and notes."""
-        self.forget_configs(record)
-        self.redis.unlink(*(self.note(name, record.run_id) for name in self.NOTES))
+        if notes:
+            self.redis.unlink(*(self.note(name, record.run_id) for name in self.NOTES))
 
 
 # RabbitMQ
@@ -1583,27 +1577,21 @@ class Machine:
 
     def create(self, k8s_job: Json) -> Json:
         """Enter a Job, and start its agents unless it is suspended."""
-        with self.lock:
-            metadata = k8s_job["metadata"]
-            if metadata["name"] in self.jobs:
-                raise KubernetesError(409, f"{metadata['name']} exists")
-            made = {**k8s_job, "metadata": {**metadata, "resourceVersion": "1"}}
-            self.jobs[metadata["name"]] = made
-            self.adapt(made)
-            return made
+        return self.put(None, k8s_job)
 
     def patch(self, k8s_job: Json, changes: Json) -> Json:
-        """Change a Job, and what there is of its agents."""
+        """Change a Job, if it is as it was seen, and what there is of its agents."""
+        return self.put(k8s_job, merge.merge(k8s_job, changes))
+
+    def put(self, seen: Json | None, k8s_job: Json) -> Json:
+        """Put a Job in the place of the one that was seen, or of none."""
+        name = k8s_job["metadata"]["name"]
         with self.lock:
-            name = k8s_job["metadata"]["name"]
-            version = k8s_job["metadata"]["resourceVersion"]
-            if name not in self.jobs or version != self.jobs[name]["metadata"]["resourceVersion"]:
-                raise KubernetesError(409, f"{name} has been changed, or has gone")
-            patched: Json = merge.merge(k8s_job, changes)
-            patched["metadata"]["resourceVersion"] = str(int(version) + 1)
-            self.jobs[name] = patched
-            self.adapt(patched)
-            return patched
+            if self.jobs.get(name) is not seen:
+                raise KubernetesError(409, f"{name} exists, or has been changed")
+            self.jobs[name] = k8s_job
+            self.adapt(k8s_job)
+        return k8s_job
 
     def adapt(self, k8s_job: Json) -> None:
         """Start the agents of a Job, or tell them to go where it is suspended."""
