@@ -22,8 +22,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 type Json = dict[str, Any]
 
 PARTS = "configtemplate", "data_job", "data_agent", "python_code", "requirements_txt", "configtune"
-_SCRIPT, _MESSAGE = "MAX_SCRIPT_BYTES", "MAX_MESSAGE_BYTES"  # settings that say what is too large
 TASK = "tasks.consume_message"  # that agents' scripts register, and that jobs are sent to
+_TARGETS = "targetted_job", "targetted_agent"  # the keys of a message that carry its index
 RESERVED = "celery", "celeryev", "unacked"  # names that Celery and its brokers use themselves
 MAX_PROBLEMS = 1000  # an answer lists as many; a file with more has one cause, not a thousand
 
@@ -48,12 +48,9 @@ _OPTIONAL: Json = {"image_version": "latest", "agent_cpu": "500m", "agent_memory
 
 # What is no text, and what no line of a CSV; a byte that is not UTF-8 has become a surrogate.
 _NO_TEXT, _NO_LINE = re.compile("[\0\udc80-\udcff]"), re.compile("[\0\udc80-\udcff]|\r(?!\n)")
-_FAULTS = {
-    "\0": "a NUL byte; save the file as plain text in UTF-8",
-    "\r": "a carriage return without line feed; end lines with LF or CRLF",
-}
-_CLOSED = 'text between a closing quote and a comma; inside quotes, write " as ""'
+_MERGED = "the merged message (MAX_MESSAGE_BYTES)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_CLOSED = 'text between a closing quote and a comma; inside quotes, write " as ""'
 #: JSON read strictly; a number that is too large becomes an integer that is, for `walk`
 _STRICT: Json = {
     "parse_constant": int,  # which knows none of them
@@ -62,7 +59,6 @@ _STRICT: Json = {
 }
 _DECODER = json.JSONDecoder(**_STRICT)
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*+"|(NaN|-?Infinity)')
-_INNER = re.compile(r'"\s*[\[{]')  # a string in JSON that may be JSON too
 _INDEX = re.compile(r"[+-]?[0-9]{1,1000}")
 _BRACKETS, _STRING = "(?!)", r'"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+'
 for _ in range(64):  # levels; in each a text is read once, without going back
@@ -72,6 +68,7 @@ for _ in range(64):  # levels; in each a text is read once, without going back
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*+(?:"|$)'
 _CELL = re.compile(rf",[ \t]*+(?:{_QUOTED}|({_BRACKETS})[ \t]*+([^,\r\n]*+)|[\[{{].*)")
 _FIELD_STARTS = bytes.maketrans(b"123456789[\n", b"000000000{,")
+_PIP_LINE, _PIP_JOINED = re.compile(r"(?:\\\r?\n|[^\n])++"), re.compile(r"\\\r?\n")
 _PIP_ASIDE = re.compile(r"(^|\s)(#|--?[A-Za-z]).*")  # a comment, or options
 _PIP_DIRECT = re.compile(r"[A-Za-z][\w+.-]*://|file:|~|[\w./-]+(/|\.whl|\.zip|\.tar\.|\.tgz)")
 
@@ -214,14 +211,13 @@ def parse_run(
     run, own, job = template.sections(configtune.json() or {})
     settings, agents, jobs, only = template.run_message(run, new_run_id)
     ids, end = {"run_id": settings["run_id"]}, ending(settings["run_id"])
-    script, field = python_code.text(python_code.data), "default_agent_message.code"
-    config = dict(own or {})
+    script, config = python_code.text(), dict(own or {})
     if script and not script.isspace():
         config["code"] = python_code.script(script, end)
     elif config.get("code") is not None:
-        config["code"] = template.script(config["code"], end, field=field)
+        config["code"] = template.script(config["code"], end, field="default_agent_message.code")
     elif script is not None and own is not None:
-        python_code.bad(f"no script: send this part, or put one into {field}")
+        python_code.bad("no script: send this part, or put one into default_agent_message.code")
     made = (
         Messages({**(job or {}), **ids}, "targetted_job", jobs, only),
         Messages({**config, **ids}, "targetted_agent", agents),
@@ -229,7 +225,7 @@ def parse_run(
     for messages, sheet in zip(made, sheets, strict=True):
         name = sheet.name.replace("data", "default") + "_message"
         size = len(orjson.dumps({**messages.default, messages.target: messages.count}))
-        if not template.fits("merged message", size, limits.message, field=name):
+        if not template.fits(_MERGED, size, limits.message, field=name):
             messages.default = {}  # its rows are judged all the same
         messages.rows = sheet.rows(messages, limits.message - size, end)
     settings["requirements"] = requirements_txt.requirements()
@@ -251,18 +247,17 @@ class _Part:
     name: str = ""
     data: bytes = b""
     long: bool = False  #: whether a CSV has numbers that orjson would round
-    plain: bool = False  #: whether all JSON in a CSV is as orjson reads it
     problems: list[Problem] = field(default_factory=list)
     #: what is allowed but mostly a slip, by part and text: its first line, and how often it is
     slips: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     scripts: dict[str, list[tuple["_Part", Json]]] = field(default_factory=dict)  #: and where
 
-    def bad(self, message: str, line: int | None = None, **more: Any) -> None:
+    def bad(self, message: str, line: int | None = None, field: str = "", **more: Any) -> None:
         """Note a problem, cut short where it quotes much. Raises `Invalid` at one too many."""
         if len(self.problems) == MAX_PROBLEMS:
             left = f"there are more problems than the {MAX_PROBLEMS} listed"
             raise Invalid([*self.problems, Problem(self.name, left)])
-        field = (more.pop("field", None) or "")[:400].encode(errors="backslashreplace").decode()
+        field = field[:400].encode(errors="backslashreplace").decode()
         self.problems.append(Problem(self.name, message[:400], line, field=field or None, **more))
 
     def slip(self, text: str, line: int | None = None) -> None:
@@ -274,18 +269,18 @@ class _Part:
         got = f"not {json.dumps(values[key])[:80]}" if key in values else "but is missing"
         self.bad(f"{key} must be {must}, {got}", **where)
 
-    def fits(self, what: str, size: int, limit: int, setting: str = _MESSAGE, **at: Any) -> bool:
+    def fits(self, what: str, size: int, limit: int, **where: Any) -> bool:
         """Whether something of `size` bytes is within its limit; that it is not is noted."""
         if size > limit:
-            text = f"the {what} has {size} bytes; at most {limit} are allowed ({setting})"
-            self.bad(text, status=413, **at)
+            self.bad(f"{what} has {size} bytes; at most {limit} are allowed", status=413, **where)
         return size <= limit
 
     def script(self, code: Any, ending: str, **where: Any) -> str:
         """A script as agents get it. It will be examined."""
+        most = self.limits.script
         if not isinstance(code, str):
             self.must("code", "a string", {"code": code}, **where)
-        elif self.fits("script", len(code.encode()), self.limits.script, _SCRIPT, **where):
+        elif self.fits("the script (MAX_SCRIPT_BYTES)", len(code.encode()), most, **where):
             self.scripts.setdefault(code, []).append((self, where))
         return f"{code}{ending}"
 
@@ -300,28 +295,29 @@ class _Part:
                     slip = f"the script registers no task {TASK}; will agents know the jobs?"
                     part.slip(slip, where.get("line"))
 
-    def text(self, data: bytes, line: int | None = None) -> str | None:
-        """The part's data as text, or a line of it; None with a problem where it is not."""
+    def text(self) -> str | None:
+        """The part as text; None with a problem where it is not."""
         limit = 2 * self.limits.message + 2**20  # two messages, and white space
-        if not self.fits("line" if line else "file", len(data), limit, line=line):
+        table = self.name.startswith("data")
+        sizes = list(map(len, io.BytesIO(self.data) if table else [self.data])) or [0]
+        what, line = ("line", sizes.index(max(sizes)) + 1) if table else ("file", None)
+        if not self.fits(f"the {what}", max(sizes), limit, line=line):
             return None
-        text = data.decode(errors="surrogateescape")
-        if fault := (_NO_LINE if line else _NO_TEXT).search(text):
+        text = self.data.decode(errors="surrogateescape")
+        pure = self.data.isascii() and "\0" not in text and "\r" not in text
+        if fault := None if pure else (_NO_LINE if table else _NO_TEXT).search(text):
             at, status = fault.start(), 400 if self.name.startswith("config") else 422
-            row, column = (line or 1) + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
-            wrong = f"byte 0x{ord(fault[0]) & 255:02x} is not UTF-8; save the file as UTF-8"
-            if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                wrong = "the file is UTF-16; save it as UTF-8"
-            self.bad(_FAULTS.get(fault[0], wrong), row, column=column, status=status)
+            row, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
+            wrong = f"byte 0x{ord(fault[0]) & 255:02x} is not UTF-8 text with LF or CRLF"
+            self.bad(f"{wrong}; save the file so", row, column=column, status=status)
             return None
         if "\ufffd" in text and self.name in PARTS[:3]:
-            row = (line or 1) + text.count("\n", 0, text.index("\ufffd"))
+            row = 1 + text.count("\n", 0, text.index("\ufffd"))
             self.slip("a character is lost (U+FFFD): a browser or an editor has damaged it", row)
         return text
 
     def json(self, change: Callable[..., Any] | None = None) -> Json | None:
         """The part as a JSON object, changed; None where it was not posted, or with a problem."""
-        text = self.text(self.data) or ""
 
         def pairs(items: list[tuple[str, Any]]) -> Json:
             for name, times in Counter(name for name, _ in items).items():
@@ -329,24 +325,23 @@ class _Part:
                     self.bad(f"the key {name!r} stands {times} times", field=name)
             return dict(items)
 
+        if not (text := self.text()):
+            return None
         try:
-            if text:
-                value = json.loads(text, object_pairs_hook=pairs, **_STRICT)
-                if isinstance(value, dict):
-                    known = len(self.problems)
-                    value = self.walk(value, change, None, "", 0)
-                    return value if len(self.problems) == known else None
+            value = json.loads(text, object_pairs_hook=pairs, **_STRICT)
+            known = len(self.problems)
+            if not isinstance(value, dict):
                 self.bad(f"must be a JSON object, not {json.dumps(value)}")
+            value = self.walk(value, change, None, "", 0)
+            return value if len(self.problems) == known else None
         except RecursionError:
             self.bad(f"nested deeper than {self.limits.depth} levels")
         except ValueError as error:
             if not isinstance(error, json.JSONDecodeError):  # a constant, refused without a place
-                constant = next(match for match in _CONSTANT.finditer(text) if match[1])
-                said = f"{constant[1]} is not JSON; use null or a number"
-                error = json.JSONDecodeError(said, text, constant.start())
-            message = f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-            if error.msg.startswith(("Expecting property", "Expecting value", "Illegal")):
-                message += "; is there a comma too many, or a quote that is not double?"
+                found = next(match for match in _CONSTANT.finditer(text) if match[1])
+                said = f"{found[1]} is not JSON; use null or a number"
+                error = json.JSONDecodeError(said, text, found.start())
+            message = f"not JSON: {error}; a comma too many, or a quote that is not double?"
             self.bad(message, error.lineno, column=error.colno, status=400)
         return None
 
@@ -372,13 +367,13 @@ class _Part:
 
     def sections(self, tune: Json) -> Iterator[Any]:
         """The template's three objects, every `$env_NAME` in them replaced by `tune["NAME"]`."""
+        tuned = {f"$env_{name}": value for name, value in tune.items()}
         left: dict[str, None] = {}
 
         def change(text: str, *_: Any) -> Any:
-            name = text.removeprefix("$env_")
-            if name != text and name not in tune:
+            if text.startswith("$env_") and text not in tuned:
                 left[text] = None
-            return text if name == text else tune.get(name, text)
+            return tuned.get(text, text)
 
         template = self.json(change)
         if left:
@@ -394,13 +389,13 @@ class _Part:
         limits, given = self.limits, _OPTIONAL | (values or {})
         if generated := given.get("run_id") is None:
             given["run_id"] = new_run_id
-        found: Json = {"number_of_agents": 1, "number_of_jobs": limits.jobs, "only_jobs": None}
+        found: Json = {"number_of_agents": 1, "number_of_jobs": limits.jobs}
         wrong: dict[str, str] = {}
         for key, (pattern, must) in _FIELDS.items():
-            right = re.fullmatch(pattern, json.dumps(given.get(key)))
-            found[key] = given.get(key) if right else found.get(key, "")
-            if not right:
-                wrong[key] = must
+            if re.fullmatch(pattern, json.dumps(given.get(key))):
+                found[key] = given.get(key)
+            else:
+                wrong[key], found[key] = must, found.get(key, "")
         agents, jobs, only = map(found.pop, ("number_of_agents", "number_of_jobs", "only_jobs"))
         run_id, image, only = found["run_id"], found["image_name"], sorted(only or ())
         host = f"{image}-{run_id}-{agents - 1}"
@@ -409,14 +404,12 @@ class _Part:
         if agents > limits.agents:
             wrong["number_of_agents"] = f"at most {limits.agents} here ({limits.agents_hint})"
         if jobs > limits.jobs:
-            most = f"at most {limits.jobs} here (ask the operator to raise MAX_JOBS)"
-            wrong["number_of_jobs"] = most
+            wrong["number_of_jobs"] = f"at most {limits.jobs} here (ask to raise MAX_JOBS)"
         if len(set(only)) < len(only) or max(only, default=0) >= jobs:
             wrong["only_jobs"] = f"a list of distinct integers below number_of_jobs ({jobs})"
         if limits.k8s_names and len(host) > 63:
             longer = "image_name" if generated or len(image) > len(run_id) else "run_id"
-            has = f"Kubernetes allows 63 characters, and {host} has {len(host)}"
-            wrong[longer] = f"shorter: {has}"
+            wrong[longer] = f"shorter: Kubernetes allows 63 characters, and {host} has {len(host)}"
         for key, must in wrong.items() if values is not None else ():  # else that has been said
             self.must(key, must, given, field=f"run_message.{key}")
         if unknown := [key for key in values or () if key not in _FIELDS]:
@@ -425,51 +418,51 @@ class _Part:
 
     def requirements(self) -> str:
         """The pip requirements, each read as pip would; "" where there are none."""
-        text, line = self.text(self.data) or "", 1
-        # A line that ends with a backslash goes on in the next.
-        for joined in text.replace("\r\n", "\n").replace("\\\n", "\0").split("\n"):
-            requirement = _PIP_ASIDE.sub("", joined.replace("\0", "")).strip()
+        text = self.text() or ""
+        for found in _PIP_LINE.finditer(text):  # one that ends with a backslash goes on in the next
+            requirement = _PIP_ASIDE.sub("", _PIP_JOINED.sub("", found[0])).strip()
             try:
                 if requirement and not _PIP_DIRECT.match(requirement):
                     Requirement(requirement)
             except (InvalidRequirement, RecursionError) as error:
                 wrong = str(error).partition("\n")[0]
+                line = text.count("\n", 0, found.start()) + 1
                 self.bad(f"{requirement[:80]!r} is no requirement: {wrong}", line)
-            line += 1 + joined.count("\0")
         return text if text.strip() else ""
 
     def rows(self, messages: Messages, room: int, ending: str) -> list[bytes | None]:
         """What a CSV overrides each message with, by its index, as JSON."""
-        target, count = messages.target, messages.count
-        table = self.table() if not self.data.isspace() else iter(())
-        columns = self.columns(*next(table, (1, [])), target)
-        at = columns.index(target) if target in columns else None
-        override = self.overrides(messages, columns, room, ending)
+        default, target, count = messages.default, messages.target, messages.count
         # One place more than there are messages: a file may count from 1.
         rows: list[bytes | None] = [None] * (count + 1)
-        index = highest = -1
-        outside, last = f"a row that targets no index below {count} is ignored", 0
-        for line, cells in table if columns else ():
-            index, cell = index + 1, ""
-            if at is not None and at < len(cells):
-                cell, cells[at] = cells[at].strip(), ""
-            if len(cells) > len(columns):
-                self.bad(f"{len(cells)} cells in {len(columns)} columns; quote commas", line)
-                continue
-            if at is not None and not _INDEX.fullmatch(cell):
-                if cell or any(map(str.strip, cells)):
-                    self.bad(f"{cell[:80]!r} is not a whole number", line, field=target)
-                continue
-            index = int(cell or index)
-            highest = max(highest, index)
+        beyond, last = False, 0
+        nested = {column for column, value in default.items() if isinstance(value, dict | list)}
+        outside = f"a row that targets no index below {count} is ignored"
+        for line, index, row in self.targets(target):
             if not 0 <= index <= count:
                 self.slip(outside, line)
+                beyond |= index > count
                 continue
             if rows[index] is not None:
                 self.bad(f"a second row for {target} {index}", line, field=target)
-            rows[index] = override(cells, line)
-            last = line if index == count else last
-        if rows[0] is None and highest == count:
+            for column, text in row.items():
+                if text[0] in "{[":
+                    row[column] = self.cell(text, line, column)
+                if column not in default:
+                    slip = f"the column {column!r} is no key of the default message, and rows are"
+                    self.slip(f"{slip} selected by {target!r}", line)
+                elif column in nested and row[column] is text:
+                    self.slip(f"a cell of {column!r} is no JSON, but its default is", line)
+            if "code" in row and target == "targetted_agent":
+                row["code"] = self.script(row["code"], ending, line=line, field="code")
+            # A copy: what orjson returns keeps a kilobyte.
+            data = rows[index] = orjson.dumps(row) + b" "
+            if len(data) > room:  # else no message can be too large
+                size = len(orjson.dumps(merge(default, row)))
+                self.fits(_MERGED, size, self.limits.message, line=line)
+            if index == count:
+                last = line
+        if not beyond and rows[0] is None and rows[count] is not None:
             self.slip(f"{target} is counted from 1 in this file, taken so")
             return rows[1:]
         if rows[0] is None and rows[1] is not None:
@@ -478,41 +471,32 @@ class _Part:
             self.slip(outside, last)
         return rows
 
-    def overrides(self, messages: Messages, columns: list[str], room: int, ending: str) -> Any:
-        """What makes a row JSON, and notes what is wrong with it, or the message that it makes."""
-        default, target = messages.default, messages.target
-        hint = f"; rows are selected by {target!r}, and here by their position"
-        unknown = "" if target in columns else hint
-
-        def override(cells: list[str], line: int) -> bytes:
-            row: Json = {}
-            for column, cell in zip(columns, cells, strict=False):  # a row may be short
-                if not (text := cell.strip()):
-                    continue
-                value = row[column] = self.cell(text, line, column) if text[0] in "{[" else text
-                if column not in default:
-                    slip = f"the column {column!r} is no key of the default message{unknown}"
-                    self.slip(slip, line)
-                elif value is text and isinstance(default[column], (dict, list)):
-                    self.slip(f"a cell of {column!r} is no JSON, but its default is", line)
-            if self.name == "data_agent" and "code" in row:
-                row["code"] = self.script(row["code"], ending, line=line, field="code")
-            data: bytes = orjson.dumps(row) + b" "  # a copy: what orjson returns keeps a kilobyte
-            if len(data) > room:  # else no message can be too large
-                size = len(orjson.dumps(merge(default, row)))
-                self.fits("merged message", size, self.limits.message, line=line)
-            return data
-
-        return override
+    def targets(self, target: str) -> Iterator[tuple[int, int, Json]]:
+        """The rows of a CSV: line, index of the message that it overrides, cells not blank."""
+        table = self.table() if not self.data.isspace() else iter(())
+        columns = self.columns(*next(table, (1, [])), target)
+        selected = target in columns
+        for position, (line, cells) in enumerate(table if columns else ()):
+            if len(cells) > len(columns):
+                self.bad(f"{len(cells)} cells in {len(columns)} columns; quote commas", line)
+                continue
+            pairs = zip(columns, cells, strict=False)  # a row may be short
+            row = {column: text for column, cell in pairs if (text := cell.strip())}
+            index = row.pop(target, "") if selected else str(position)
+            if _INDEX.fullmatch(index):
+                yield line, int(index), row
+            elif index or row:
+                self.bad(f"{index[:80]!r} is not a whole number", line, field=target)
 
     def cell(self, text: str, line: Any, path: str, level: int = 1, odd: Any = False) -> Any:
         """The JSON object or array that a text is, and texts in it are; or else the text itself."""
-        bare, depth = text.strip(), self.limits.depth
+        bare, depth = text.strip(" \t\r\n"), self.limits.depth
         if bare[:1] not in ("{", "["):
             return text
-        long = 2 * level + len(bare) > depth
-        odd = odd or (long and bare.count("{") + bare.count("[") + level > depth)
-        odd = odd or (not self.plain and (self.long or "\\" in bare or _INNER.search(bare)))
+        # What orjson may read otherwise: a large integer, an escape, a string that may be JSON too.
+        odd = odd or self.long or "\\" in bare or '"{' in bare or '"[' in bare or '" ' in bare
+        if len(bare) + level > depth:  # else it cannot be nested deeper
+            odd = odd or bare.count("{") + bare.count("[") + level > depth
         try:
             if not odd:
                 return orjson.loads(bare)
@@ -526,47 +510,40 @@ class _Part:
     def columns(self, line: int, header: list[str], target: str) -> list[str]:
         """The columns of a CSV; none where one of them is wrong."""
         known, columns = len(self.problems), [name.strip() for name in header]
-        if len(columns) == 1 and (found := re.search("[;\t]", columns[0])):
-            kind = "semicolons" if found[0] == ";" else "tabs"
-            self.bad(f"the columns are separated by {kind}; save the file with commas", line)
         if len(columns) > (limit := self.limits.columns):
             self.bad(f"{len(columns)} columns; at most {limit} are allowed (MAX_COLUMNS)", line)
         for number, name in enumerate(columns[:limit], 1):
-            letters, wrong = re.sub(r"[\W_]", "", name.casefold()), ""
-            near = [t for t in ("targettedjob", "targettedagent") if abs(len(t) - len(letters)) < 3]
-            if not name:
-                wrong = f"column {number} has no name; name it or delete it"
-            elif name == "run_id":
-                wrong = "run_id cannot be overridden; remove it"
-            elif name in columns[: number - 1]:
-                wrong = f"the column {name!r} stands twice"
-            elif name != target and get_close_matches(letters, near, 1, 0.83):  # two letters off
-                wrong = f"the column {name!r} selects no row; the name must be {target!r} here"
-            elif _INDEX.fullmatch(name.replace(".", "", 1)) or name[0] in "{[":
+            letters = re.sub(r"\W", "", name.casefold())[:30]
+            near = name != target and get_close_matches(letters, _TARGETS, 1, 0.87)
+            wrong = {
+                f"column {number} has no name; name it or delete it": not name,
+                "run_id cannot be overridden; remove it": name == "run_id",
+                f"the column {name!r} stands twice": bool(name) and name in columns[: number - 1],
+                "separate the columns by commas": not columns[1:] and re.search("[;\t]", name),
+                f"the column {name!r} selects no row; the name must be {target!r} here": near,
+            }
+            for text in filter(wrong.get, wrong):
+                self.bad(text, line, field=name)
+            if _INDEX.fullmatch(name.replace(".", "", 1)) or name.startswith(("{", "[")):
                 self.slip(f"the first row names the columns, and {name!r} looks like data", line)
-            if wrong:
-                self.bad(wrong, line, field=name)
         return columns if len(self.problems) == known else []
 
     def table(self) -> Iterator[tuple[int, list[str]]]:
         """The rows of a CSV that are not blank, each with the number of its first line."""
         line = 1  # that the row begins in
 
-        def lines() -> Iterator[str]:
+        def quoted() -> Iterator[str]:
             for number, data in enumerate(io.BytesIO(self.data), 1):
-                if (text := data.decode() if clean else self.text(data, number)) is None:
-                    return
                 start = "," if number == line else ',"'  # the line goes on within quotes
-                yield _CELL.sub(_bare, start + text)[len(start) :]
+                yield _CELL.sub(_bare, start + data.decode())[len(start) :]
 
-        fields, size = b"," + self.data.translate(_FIELD_STARTS, b" \t"), self.limits.message
-        clean = self.data.isascii() and b"\0" not in self.data and b"\r" not in self.data
-        clean &= max(map(len, io.BytesIO(self.data)), default=0) <= size
+        if self.text() is None:
+            return
+        fields = b"," + self.data.translate(_FIELD_STARTS, b" \t")
         bare, self.long = b",{" in fields, b"0" * 19 in fields
-        self.plain = clean and not (bare or self.long or b'""{' in fields or b"\\" in fields)
         del fields  # which is as large as the file
-        source = map(bytes.decode, io.BytesIO(self.data)) if clean and not bare else lines()
-        csv.field_size_limit(2 * size + 2**20)  # of the process: always the same
+        csv.field_size_limit(2 * self.limits.message + 2**20)  # of the process: always the same
+        source = quoted() if bare else map(bytes.decode, io.BytesIO(self.data))
         reader = csv.reader(source, strict=True, skipinitialspace=True)
         while True:
             try:
@@ -576,10 +553,8 @@ class _Part:
                     line = reader.line_num + 1
                 return
             except csv.Error as error:
-                closed = "expected after" in str(error)  # else that is the end of the file
-                self.bad(_CLOSED if closed else "a quote opens in this row and never closes", line)
-                if not closed:
-                    return
+                never = "a quote opens in this row and never closes"
+                self.bad(_CLOSED if "expected after" in str(error) else never, line)
                 line = reader.line_num + 1
 
 
