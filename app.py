@@ -76,7 +76,7 @@ AGENT = shlex.join([sys.executable, str(HERE / "agent.py")])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Limits):
     """Each is an environment variable of the same name in upper case; the README has this table."""
 
     platform: Annotated[str, "`local`: agents are processes; `distant`: Kubernetes pods"] = "local"
@@ -110,13 +110,7 @@ class Settings:
     allowed_hosts: Annotated[str, "names of this server, needed without a token"] = ""
     log_format: Annotated[str, "`text` or `json`; in a container `json`"] = ""
     max_upload_bytes: Annotated[int, "of one upload"] = 128 * MIB
-    max_script_bytes: Annotated[int, "of one script"] = MIB
     max_requirements_bytes: Annotated[int, "of `requirements_txt`"] = 64 * 1024
-    max_agents: Annotated[int, "of one run"] = 10_000
-    max_jobs: Annotated[int, "of one run"] = 1_000_000
-    max_message_bytes: Annotated[int, "of one merged message"] = 8 * MIB
-    max_columns: Annotated[int, "of a CSV"] = 1000
-    max_depth: Annotated[int, "of nested objects and arrays"] = 64
     max_concurrent_starts: Annotated[int, "runs merged and sent at a time"] = 4
 
     @classmethod
@@ -135,6 +129,9 @@ class Settings:
                 raise ValueError(f"API_TOKEN_FILE={path} holds no token")
         settings = cls(**values)
         settings.check()
+        if settings.local and settings.agent_command:
+            most = min(settings.max_agents, settings.local_max_agents)
+            settings = replace(settings, max_agents=most)
         return settings
 
     def check(self) -> None:
@@ -167,23 +164,6 @@ class Settings:
     def local(self) -> bool:
         """Whether agents are child processes."""
         return self.platform == "local"
-
-    @property
-    def limits(self) -> Limits:
-        """What one run may hold."""
-        agents, hint = self.max_agents, "ask the operator to raise MAX_AGENTS"
-        if self.local and self.agent_command and self.local_max_agents < agents:
-            agents, hint = self.local_max_agents, "lower it, or raise LOCAL_MAX_AGENTS"
-        return Limits(
-            agents=agents,
-            agents_hint=hint,
-            jobs=self.max_jobs,
-            message=self.max_message_bytes,
-            columns=self.max_columns,
-            depth=self.max_depth,
-            script=self.max_script_bytes,
-            k8s_names=not self.local,
-        )
 
     @property
     def pod_template(self) -> Json:
@@ -2095,9 +2075,7 @@ async def post(request: Request, orchestrator: Orchestrator) -> Response:
     parts = await read_parts(request, settings)
     async with state.starts:
         new_run_id = str(uuid.uuid4())
-        run = await run_in_threadpool(
-            parse_run, parts, new_run_id, settings.limits, ending, examine
-        )
+        run = await run_in_threadpool(parse_run, parts, new_run_id, settings, ending, examine)
         parts.clear()
         extra: Json = {}
         if dry in ("true", "1"):

@@ -710,7 +710,7 @@ def looking(bench: Bench) -> list[Row]:
     for ended in (0, int(time.time())):
         parts = bench.run(1) | {"data_job": b""}
         parts["configtemplate"] = parts["configtemplate"].replace(b'jobs": 1', b'jobs": 1000000')
-        run = merge.parse_run(parts, "", settings.limits, agent.ending, app.examine)
+        run = merge.parse_run(parts, "", settings, agent.ending, app.examine)
         phase = app.Phase.FINISHED if ended else app.Phase.RUNNING
         record = replace(app.new_record(run, settings), phase=phase, ended=ended)
         registry.enter(app.manifest(run, record, settings), record)
@@ -755,7 +755,7 @@ def monitor(bench: Bench) -> list[Row]:
     """500 runs whose jobs nobody takes: one look, in this process."""
     orchestrator = app.Orchestrator(bench.settings)
     for _ in range(500):
-        run = merge.parse_run(bench.run(1), "", bench.settings.limits, agent.ending, app.examine)
+        run = merge.parse_run(bench.run(1), "", bench.settings, agent.ending, app.examine)
         orchestrator.start_run(run)
     watching = app.Monitor(orchestrator)
     watching.tick()

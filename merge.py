@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from packaging.requirements import InvalidRequirement, Requirement
@@ -104,18 +104,20 @@ class Invalid(Exception):
         self.status = first.status  #: 400: a part does not parse; else 413: too large; else 422
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one run may hold. Sizes in bytes of UTF-8."""
+    """What one run may hold: settings of the orchestrator. Sizes in bytes of UTF-8."""
 
-    agents: int = 10_000
-    jobs: int = 1_000_000
-    message: int = 8 * 2**20  #: one merged agent config or job message, as JSON
-    columns: int = 1_000
-    depth: int = 64  #: of nested objects and arrays; 120 at most, as orjson writes 254 levels
-    agents_hint: str = "ask the operator to raise MAX_AGENTS"  #: what to do about too many agents
-    script: int = 2**20  #: one script, without the ending that is appended to it
-    k8s_names: bool = True  #: whether pods take their host names, of 63 characters, from the run
+    max_agents: Annotated[int, "of one run"] = 10_000
+    max_jobs: Annotated[int, "of one run"] = 1_000_000
+    max_message_bytes: Annotated[int, "of one merged message"] = 8 * 2**20
+    max_script_bytes: Annotated[int, "of one script"] = 2**20
+    max_columns: Annotated[int, "of a CSV"] = 1000
+    max_depth: Annotated[int, "of nested objects and arrays; 120 at most"] = 64
+
+    def __post_init__(self) -> None:
+        if self.max_depth > 120:  # orjson writes 254, and there may be JSON in JSON
+            raise ValueError(f"MAX_DEPTH must be 120 at most, not {self.max_depth}")
 
 
 def merge(default: Any, override: Any) -> Any:
@@ -198,7 +200,7 @@ def parse_run(
     appended to every script that agents get; `examine` says of all scripts at once, each given
     once, what `agent.examine` says of one.
     """
-    form = _Part(replace(limits, depth=min(limits.depth, 120)))
+    form = _Part(limits)
     template, *sheets, python_code, requirements_txt, configtune = (
         replace(form, name=name, data=parts.get(name, b"").removeprefix(b"\xef\xbb\xbf"))
         for name in PARTS
@@ -225,9 +227,9 @@ def parse_run(
     for messages, sheet in zip(made, sheets, strict=True):
         name = sheet.name.replace("data", "default") + "_message"
         size = len(orjson.dumps({**messages.default, messages.target: messages.count}))
-        if not template.fits(_MERGED, size, limits.message, field=name):
+        if not template.fits(_MERGED, size, limits.max_message_bytes, field=name):
             messages.default = {}  # its rows are judged all the same
-        messages.rows = sheet.rows(messages, limits.message - size, end)
+        messages.rows = sheet.rows(messages, limits.max_message_bytes - size, end)
     settings["requirements"] = requirements_txt.requirements()
     form.judge(examine(list(form.scripts)))
     if form.problems:
@@ -277,7 +279,7 @@ class _Part:
 
     def script(self, code: Any, ending: str, **where: Any) -> str:
         """A script as agents get it. It will be examined."""
-        most = self.limits.script
+        most = self.limits.max_script_bytes
         if not isinstance(code, str):
             self.must("code", "a string", {"code": code}, **where)
         elif self.fits("the script (MAX_SCRIPT_BYTES)", len(code.encode()), most, **where):
@@ -297,7 +299,7 @@ class _Part:
 
     def text(self) -> str | None:
         """The part as text; None with a problem where it is not."""
-        limit = 2 * self.limits.message + 2**20  # two messages, and white space
+        limit = 2 * self.limits.max_message_bytes + 2**20  # two messages, and white space
         table = self.name.startswith("data")
         sizes = list(map(len, io.BytesIO(self.data) if table else [self.data])) or [0]
         what, line = ("line", sizes.index(max(sizes)) + 1) if table else ("file", None)
@@ -335,7 +337,7 @@ class _Part:
             value = self.walk(value, change, None, "", 0)
             return value if len(self.problems) == known else None
         except RecursionError:
-            self.bad(f"nested deeper than {self.limits.depth} levels")
+            self.bad(f"nested deeper than {self.limits.max_depth} levels")
         except ValueError as error:
             if not isinstance(error, json.JSONDecodeError):  # a constant, refused without a place
                 found = next(match for match in _CONSTANT.finditer(text) if match[1])
@@ -347,7 +349,7 @@ class _Part:
 
     def walk(self, value: Any, change: Any, line: int | None, path: str, level: int) -> Any:
         """A parsed value, its strings changed; what cannot be sent as JSON is noted, not kept."""
-        depth, walked = self.limits.depth, {}
+        depth, walked = self.limits.max_depth, {}
         if isinstance(value, dict | list) and level < depth:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 where = f"{path}.{key}"[:300] if path else str(key)[:300]
@@ -389,7 +391,7 @@ class _Part:
         limits, given = self.limits, _OPTIONAL | (values or {})
         if generated := given.get("run_id") is None:
             given["run_id"] = new_run_id
-        found: Json = {"number_of_agents": 1, "number_of_jobs": limits.jobs}
+        found: Json = {"number_of_agents": 1, "number_of_jobs": limits.max_jobs}
         wrong: dict[str, str] = {}
         for key, (pattern, must) in _FIELDS.items():
             if re.fullmatch(pattern, json.dumps(given.get(key))):
@@ -401,20 +403,23 @@ class _Part:
         host = f"{image}-{run_id}-{agents - 1}"
         if run_id in RESERVED:
             wrong["run_id"] = f"none of {', '.join(RESERVED)}, names that Celery uses itself"
-        if agents > limits.agents:
-            wrong["number_of_agents"] = f"at most {limits.agents} here ({limits.agents_hint})"
-        if jobs > limits.jobs:
-            wrong["number_of_jobs"] = f"at most {limits.jobs} here (ask to raise MAX_JOBS)"
+        if agents > limits.max_agents:
+            raised = "have MAX_AGENTS or LOCAL_MAX_AGENTS raised"
+            wrong["number_of_agents"] = f"at most {limits.max_agents} here (lower it, or {raised})"
+        if jobs > limits.max_jobs:
+            wrong["number_of_jobs"] = (
+                f"at most {limits.max_jobs} here (lower it, or have MAX_JOBS raised)"
+            )
         if len(set(only)) < len(only) or max(only, default=0) >= jobs:
             wrong["only_jobs"] = f"a list of distinct integers below number_of_jobs ({jobs})"
-        if limits.k8s_names and len(host) > 63:
+        if len(host) > 63:
             longer = "image_name" if generated or len(image) > len(run_id) else "run_id"
             wrong[longer] = f"shorter: Kubernetes allows 63 characters, and {host} has {len(host)}"
         for key, must in wrong.items() if values is not None else ():  # else that has been said
             self.must(key, must, given, field=f"run_message.{key}")
         if unknown := [key for key in values or () if key not in _FIELDS]:
             self.slip(f"run_message has no field {', '.join(map(repr, unknown))}: ignored")
-        return found, min(agents, limits.agents), min(jobs, limits.jobs), only or None
+        return found, min(agents, limits.max_agents), min(jobs, limits.max_jobs), only or None
 
     def requirements(self) -> str:
         """The pip requirements, each read as pip would; "" where there are none."""
@@ -459,7 +464,7 @@ class _Part:
             data = rows[index] = orjson.dumps(row) + b" "
             if len(data) > room:  # else no message can be too large
                 size = len(orjson.dumps(merge(default, row)))
-                self.fits(_MERGED, size, self.limits.message, line=line)
+                self.fits(_MERGED, size, self.limits.max_message_bytes, line=line)
             if index == count:
                 last = line
         if not beyond and rows[0] is None and rows[count] is not None:
@@ -490,7 +495,7 @@ class _Part:
 
     def cell(self, text: str, line: Any, path: str, level: int = 1, odd: Any = False) -> Any:
         """The JSON object or array that a text is, and texts in it are; or else the text itself."""
-        bare, depth = text.strip(" \t\r\n"), self.limits.depth
+        bare, depth = text.strip(" \t\r\n"), self.limits.max_depth
         if bare[:1] not in ("{", "["):
             return text
         # What orjson may read otherwise: a large integer, an escape, a string that may be JSON too.
@@ -510,7 +515,7 @@ class _Part:
     def columns(self, line: int, header: list[str], target: str) -> list[str]:
         """The columns of a CSV; none where one of them is wrong."""
         known, columns = len(self.problems), [name.strip() for name in header]
-        if len(columns) > (limit := self.limits.columns):
+        if len(columns) > (limit := self.limits.max_columns):
             self.bad(f"{len(columns)} columns; at most {limit} are allowed (MAX_COLUMNS)", line)
         for number, name in enumerate(columns[:limit], 1):
             letters = re.sub(r"\W", "", name.casefold())[:30]
@@ -542,7 +547,8 @@ class _Part:
         fields = b"," + self.data.translate(_FIELD_STARTS, b" \t")
         bare, self.long = b",{" in fields, b"0" * 19 in fields
         del fields  # which is as large as the file
-        csv.field_size_limit(2 * self.limits.message + 2**20)  # of the process: always the same
+        # Of the process: always the same.
+        csv.field_size_limit(2 * self.limits.max_message_bytes + 2**20)
         source = quoted() if bare else map(bytes.decode, io.BytesIO(self.data))
         reader = csv.reader(source, strict=True, skipinitialspace=True)
         while True:
