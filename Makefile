@@ -57,7 +57,7 @@ servers: ## Install RabbitMQ and Redis for the tests and the bench, where that c
 	    $$as apt-get install -yq --no-install-recommends rabbitmq-server redis-server >/dev/null; } || true; }
 
 test: $(VENV)/ready servers ## Run all tests, against servers that they start themselves
-	@$(PY) -m pytest -n 4
+	@$(PY) -m pytest -n 6
 
 test-fast: $(VENV)/ready ## Run the tests that need no server
 	@$(PY) -m pytest -m "not servers" -q

