@@ -148,6 +148,7 @@ class Settings(Limits):
                 raise ValueError(f"{name.upper()} must be one of {', '.join(known)}, not {value!r}")
             if isinstance(value, int) and value < least.get(name, 0):
                 raise ValueError(f"{name.upper()} must be a whole number from {least.get(name, 0)}")
+        self.pod_template()
         command = shlex.split(self.agent_command)
         if self.local and command and not shutil.which(command[0]):
             raise ValueError(f"AGENT_COMMAND: there is no program {command[0]!r}")
@@ -165,7 +166,6 @@ class Settings(Limits):
         """Whether agents are child processes."""
         return self.platform == "local"
 
-    @property
     def pod_template(self) -> Json:
         """The operator's PodTemplateSpec. Raises ValueError that names the file."""
         path = self.agent_pod_template
@@ -258,7 +258,7 @@ class Failed(Exception):
 class KubernetesError(Exception):
     """The API server refused, with an HTTP status; 0 where it did not answer in time."""
 
-    UNANSWERED = (0, 429, 503, 504)  #: it may have been done, or may be later
+    UNANSWERED = (0, 429, 503, 504)  #: asking again may help, if it has not been done already
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -305,8 +305,8 @@ class Record:
         """Whether nothing of it is left, and its id is free."""
         return self.phase == Phase.CANCELLED and self.ended > 0
 
-    def check(self) -> None:
-        """Raise `Failed` where others may soon undo this start, which asks before all it writes."""
+    def check_time(self) -> None:
+        """Raise `Failed` where others may soon undo this start, and it must write nothing more."""
         if time.time() > self.started + (self.deadline - self.started) * 2 / 3:
             text = "this start has taken too long, or stood still; nothing was started"
             raise Failed(503, f"{text}, post it again")
@@ -426,15 +426,18 @@ class Orchestrator:
                 self.look_for_others(run.run_id)
             try:
                 with self.step("claim the run"):
-                    k8s_job = self.claim(run, record)
+                    k8s_job = manifest(run, record, self.settings)
+                    self.registry.enter(k8s_job, record)
+                    k8s_job = self.platform.create(k8s_job)
                 say("run starting", run_id=run.run_id, agents=record.agents, jobs=record.jobs)
                 with self.step("store the configs"):
-                    self.registry.store(run, record.check)
+                    self.registry.store(run, record.check_time)
                 with self.step("send the jobs"):
-                    self.broker.send_jobs(run, record.check)
+                    self.broker.send_jobs(run, record.check_time)
+                with self.step("count the jobs"):
                     self.broker.count_jobs(run)
                 with self.step("start the agents"):
-                    record.check()
+                    record.check_time()
                     self.commit(record)
             except BaseException:
                 self.undo(record)
@@ -455,15 +458,17 @@ class Orchestrator:
             yield
         except ERRORS as error:
             refused = isinstance(error, redis.ResponseError | ChannelError)
-            dependency = self.broker.name
+            dependency, status = self.broker.name, 502 if refused else 503
             if isinstance(error, redis.RedisError):
                 dependency = self.registry.name
             if isinstance(error, KubernetesError):
                 dependency, refused = "Kubernetes", error.status not in error.UNANSWERED
+                status = 409 if error.status == 409 else 502 if refused else 503
             verb = "refused to" if refused else "could not be reached in time to"
             why = str(error) or type(error).__name__
-            detail = self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
-            raise Failed(502 if refused else 503, detail) from error
+            raise Failed(
+                status, self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
+            ) from error
 
     def look_for_others(self, run_id: str) -> None:
         """Raise `Failed` (409) where there is a run of this id, or a queue or an exchange."""
@@ -472,18 +477,6 @@ class Orchestrator:
             if other and not other.free:
                 raise taken(other)
         self.broker.look_for_others(run_id)
-
-    def claim(self, run: Run, record: Record) -> Json:
-        """Take the run's id: first in Redis, for all, then with a suspended Kubernetes Job."""
-        k8s_job = manifest(run, record, self.settings)
-        self.registry.enter(k8s_job, record)
-        try:
-            return self.platform.create(k8s_job)
-        except KubernetesError as error:
-            if error.status != 409:
-                raise
-            text = f"a Kubernetes Job {run.k8s_job} exists that belongs to no run"
-            raise Failed(409, f"{text}; nothing was changed, choose another run_id") from error
 
     def commit(self, record: Record) -> None:
         """Resume the Kubernetes Job: the run is running. Asks until that is known to be done."""
@@ -515,7 +508,7 @@ class Orchestrator:
                 if entered.claim == record.claim if entered else k8s_job:
                     self.broker.forget(record.run_id)
                     self.registry.forget(record)
-                self.delete(record)
+                self.delete_k8s_jobs(record)
                 self.registry.remove(record)
             self.to_undo.pop(record.claim, None)
             say("run undone", run_id=record.run_id)
@@ -524,7 +517,7 @@ class Orchestrator:
                 say("run to be undone", logging.WARNING, run_id=record.run_id, error=error)
             self.to_undo[record.claim] = record
 
-    def delete(self, record: Record) -> None:
+    def delete_k8s_jobs(self, record: Record) -> None:
         """Delete the Kubernetes Jobs of a start."""
         for each, k8s_job in self.known(record.run_id):
             if each.claim == record.claim:
@@ -665,7 +658,7 @@ class Orchestrator:
             if record.phase == Phase.FAILED:
                 self.broker.forget(record.run_id)
             self.registry.forget(record)
-            self.delete(record)
+            self.delete_k8s_jobs(record)
             self.registry.remove(record)
 
 
@@ -794,7 +787,7 @@ class Watch:
     reason: str = ""  #: why its agents do not work, as last looked for
     closing: bool = False  #: whether its end has been written, and that not answered yet
 
-    def new(self, topic: str, what: object) -> bool:
+    def changed(self, topic: str, what: object) -> bool:
         """Whether this is to be said: it is not what was said last."""
         is_new = self.said.get(topic) != what
         self.said[topic] = what
@@ -803,7 +796,7 @@ class Watch:
     def ages(self, sight: Sight) -> dict[str, float]:
         """For how many seconds each condition has held; `still`: since the last outcome."""
         now, held = time.monotonic(), sight.conditions
-        if self.new("books", sight.books.left):
+        if self.changed("books", sight.books.left):
             self.since.pop("still", None)
         self.since = {name: self.since.get(name, now) for name in held}
         return {name: now - since for name, since in self.since.items()}
@@ -860,7 +853,7 @@ class Monitor:
                 watch.said.pop("error", None)
             except Exception as error:  # of one run: it is said, and the others go on
                 text = f"{type(error).__name__}: {error}"
-                if watch.new("error", text):
+                if watch.changed("error", text):
                     say("run cannot go on", logging.ERROR, run_id=record.run_id, error=text)
                     if not isinstance(error, ERRORS):
                         log.exception("monitor failed")
@@ -879,7 +872,7 @@ class Monitor:
             self.clear(sight, watch)
         elif act == Act.END_UNSTARTED:
             self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
-            if watch.new("ended unstarted", record.restarts):
+            if watch.changed("ended unstarted", record.restarts):
                 text = "agents that never started are ended"
                 say(text, logging.WARNING, run_id=record.run_id)
         elif act == Act.RESTART:
@@ -903,10 +896,10 @@ class Monitor:
         starved = sight.lasts("starved", self.LONG)
         in_trouble = starved or fleet.crashes or sight.lasts("unstarted", self.TELL)
         idle = in_trouble or sight.lasts("starved", self.TELL)
-        if idle and watch.new("looked for a reason", (fleet.crashes, starved, now)):
+        if idle and watch.changed("looked for a reason", (fleet.crashes, starved, now)):
             watch.reason = self.reason(sight)
         reason = watch.reason or ("no agent says why" if starved else "")
-        if in_trouble and reason and watch.new("reason", (starved, reason)):
+        if in_trouble and reason and watch.changed("reason", (starved, reason)):
             what = "nobody consumes the jobs" if starved else "agents fail or do not start"
             say(what, logging.WARNING, run_id=record.run_id, reason=reason, ready=depth.ready)
             self.platform.tell(sight.k8s_job, "NoProgress" if starved else "Failing", reason)
@@ -920,10 +913,10 @@ class Monitor:
         elif sight.lasts("still", self.LONG):
             begun = self.registry.begun(record)
             doing = f"no job has ended for a minute; these are at work: {begun}"
-        if doing.startswith(("waits", "no job")) and watch.new("doing", doing):
+        if doing.startswith(("waits", "no job")) and watch.changed("doing", doing):
             say("run stands still", logging.WARNING, run_id=record.run_id, reason=doing)
         watch.doing = doing
-        if watch.new("time", now) and watch.new("progress", (*counts.values(), fleet.live)):
+        if watch.changed("time", now) and watch.changed("progress", (*counts.values(), fleet.live)):
             say("run progress", run_id=record.run_id, **counts, agents=fleet.live)
             self.platform.note(sight.k8s_job, counts)
 
@@ -964,12 +957,12 @@ class Monitor:
         if not depth.missing:
             self.broker.purge(record.run_id)
         # What agents hold that others started, nobody holds any more once these have gone.
-        if not self.platform.end(record) or (depth.consumers and sight.fleet.by_hand):
+        if not self.platform.all_ended(record) or (depth.consumers and sight.fleet.by_hand):
             return
         self.broker.forget(record.run_id)
         self.registry.forget(record)
         self.close(sight, watch, phase=Phase.CANCELLED)
-        self.orchestrator.delete(record)
+        self.orchestrator.delete_k8s_jobs(record)
 
     def end(self, sight: Sight, watch: Watch, phase: Phase, cause: str) -> None:
         """Leave nothing of a run but its books, and close these."""
@@ -1011,7 +1004,7 @@ class Monitor:
             watch.closing = False
             self.tell_end(record, k8s_job)
         if record.free and k8s_job:
-            self.orchestrator.delete(record)
+            self.orchestrator.delete_k8s_jobs(record)
         if time.time() > record.ended + self.settings.keep_ended:
             self.orchestrator.forget(record)
 
@@ -1022,14 +1015,15 @@ class Monitor:
 class Registry:
     """Redis: agent configs, the notes of agents, and a copy of what is known of the runs.
 
-    Agents can write here too: what is read is checked. Every method raises `redis.RedisError`.
+    Agents can write here too: what is read is checked. Methods raise `redis.RedisError`.
     """
 
     RUNS = "armada:runs"  #: hash: run id -> Kubernetes Job
     NOTES = ("sent", "succeeded", "failed", "failures", "begun")  #: armada:{note}:{run id}
-    #: Sets a field of a hash where it still holds what was read.
+    #: Sets a field of a hash where it still holds what was read; removes it where that is empty.
     REPLACE = """if (redis.call('HGET', KEYS[1], ARGV[1]) or '') == ARGV[2] then
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+        if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[1])
+        else redis.call('HSET', KEYS[1], ARGV[1], ARGV[3]) end
         return 1
     end"""
     #: Deletes the configs that a run has written, and no other key of such a name.
@@ -1080,10 +1074,10 @@ class Registry:
                 raise taken(other)
             entered = self.replace(record.run_id, old, k8s_job)
 
-    def replace(self, run_id: str, old: Any, k8s_job: Json) -> bool:
-        """Store what has become of a run, if `old` is still what is stored of it."""
-        change = (run_id, old, orjson.dumps(k8s_job))
-        return bool(self.redis.eval(self.REPLACE, 1, self.RUNS, *change))
+    def replace(self, run_id: str, old: bytes, k8s_job: Json | None) -> bool:
+        """Store what has become of a run, or nothing, if `old` is still what is stored of it."""
+        new = orjson.dumps(k8s_job) if k8s_job else b""
+        return bool(self.redis.eval(self.REPLACE, 1, self.RUNS, run_id, old, new))
 
     def copy(self, k8s_job: Json, record: Record) -> None:
         """Note what has become of a run. What Redis refuses, full or broken, is not worth a run."""
@@ -1099,10 +1093,10 @@ class Registry:
             return []
 
     def remove(self, record: Record) -> None:
-        """Take a run out."""
-        _, current, _ = self.entry(record.run_id)
+        """Take a run out, if it is still the one that is stored under its id."""
+        stored, current, _ = self.entry(record.run_id)
         if current is None or current.claim == record.claim:
-            self.redis.hdel(self.RUNS, record.run_id)
+            self.replace(record.run_id, stored, None)
 
     def note(self, name: str, run_id: str) -> str:
         """The key of one of a run's notes."""
@@ -1145,7 +1139,7 @@ class Registry:
         return {r.claim: Books.read(r.jobs, *islice(found, 3)) for r in records}
 
     def failures(self, run_id: str) -> list[Json]:
-        """The first thousand failures, in the order of the jobs."""
+        """Up to a thousand failures, in the order of the jobs."""
         found = []
         with contextlib.suppress(redis.ResponseError):  # an agent has made it something else
             for index, data in islice(self.redis.hscan_iter(self.note("failures", run_id)), 1000):
@@ -1521,7 +1515,7 @@ def pod_template(run: Run, labels: Json, settings: Settings) -> Json:
     secrets = names(settings.image_pull_secrets)
     if secrets and not minikube:
         spec["imagePullSecrets"] = [{"name": name} for name in secrets]
-    made: Json = overlay({"metadata": {"labels": labels}, "spec": spec}, settings.pod_template)
+    made: Json = overlay({"metadata": {"labels": labels}, "spec": spec}, settings.pod_template())
     return made
 
 
@@ -1579,16 +1573,12 @@ class Machine:
         jobs = list(self.jobs.values())
         return [job for job in jobs if run_id in ("", job["metadata"]["labels"][RUN_LABEL])]
 
-    def create(self, k8s_job: Json) -> Json:
-        """Enter a Job, and start its agents unless it is suspended."""
-        return self.put(None, k8s_job)
-
     def patch(self, k8s_job: Json, changes: Json) -> Json:
         """Change a Job, if it is as it was seen, and what there is of its agents."""
-        return self.put(k8s_job, merge.merge(k8s_job, changes))
+        return self.create(merge.merge(k8s_job, changes), seen=k8s_job)
 
-    def put(self, seen: Json | None, k8s_job: Json) -> Json:
-        """Put a Job in the place of the one that was seen, or of none."""
+    def create(self, k8s_job: Json, seen: Json | None = None) -> Json:
+        """Put a Job in the place of one or of none; start its agents unless it is suspended."""
         name = k8s_job["metadata"]["name"]
         with self.lock:
             if self.jobs.get(name) is not seen:
@@ -1611,10 +1601,11 @@ class Machine:
             kept["RABBITMQ_URL"] = self.url
             folder = self.output(k8s_job["metadata"]["labels"][RUN_LABEL])
             self.trouble = ""
-            try:  # the run is committed: without agents it is as if these had crashed
+            try:  # the run is committed: without agents it is as if these had ended
                 os.makedirs(folder, exist_ok=True)
-                how: Json = {"agents": spec["completions"], "retries": 3, "grace": self.GRACE}
-                self.supervisors[name] = supervised(self.command, kept, folder=folder, **how)
+                how: Json = {"retries": spec["backoffLimitPerIndex"], "grace": self.GRACE}
+                how |= {"agents": spec["completions"], "folder": folder}
+                self.supervisors[name] = supervised(self.command, kept, **how)
             except OSError as error:
                 self.trouble = f"agents cannot be started: {error}"
                 say(self.trouble, logging.ERROR, job=name)
@@ -1641,7 +1632,7 @@ class Machine:
         said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
         return said or (self.trouble if self.command else "its agents are started by hand")
 
-    def end(self, record: Record) -> bool:
+    def all_ended(self, record: Record) -> bool:
         """Whether all agents have ended, that were told to go."""
         names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
         return all(
@@ -1694,7 +1685,7 @@ def supervised(
     with open(os.path.join(folder, "agents.log") if folder else os.devnull, "ab") as errors:
         process = subprocess.Popen(
             program + command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # it closes when this process ends, and all agents are killed
             stdout=subprocess.PIPE,
             stderr=errors,
             env=dict(environment),
@@ -1785,19 +1776,16 @@ class Cluster:
             raise KubernetesError(response.status, text)
         return answer
 
-    def listed(self, what: str, **query: Any) -> Iterator[Json]:
-        """List objects, page by page."""
-        more: str | None = ""
-        while more is not None:
-            page = self.call("GET", what, limit=500, **query, **{"continue": more})
-            yield from page["items"]
-            more = page["metadata"].get("continue") or None
-
     def k8s_jobs(self, run_id: str = "") -> list[Json]:
         """The Jobs there are, of one run or of all; not those that are being deleted."""
         wanted = f"{RUN_LABEL}={run_id}" if run_id else self.MANAGED
-        listed = self.listed("jobs", labelSelector=wanted)
-        return [job for job in listed if not job["metadata"].get("deletionTimestamp")]
+        found: list[Json] = []
+        more: str | None = ""
+        while more is not None:
+            page = self.call("GET", "jobs", limit=500, labelSelector=wanted, **{"continue": more})
+            found += [job for job in page["items"] if "deletionTimestamp" not in job["metadata"]]
+            more = page["metadata"].get("continue") or None
+        return found
 
     def create(self, k8s_job: Json) -> Json:
         """Create a Job; unknown fields of the pod template are refused."""
@@ -1843,7 +1831,7 @@ class Cluster:
         items: list[Json] = self.call("GET", "pods", limit=500, **selectors)["items"]
         return items
 
-    def end(self, record: Record) -> bool:
+    def all_ended(self, record: Record) -> bool:
         """Whether all pods have ended; those of a Job that is suspended or deleted do."""
         return not self.pods(record, self.LIVE)
 
@@ -1900,9 +1888,6 @@ class Cluster:
     def check(self) -> None:
         """List one Job."""
         self.call("GET", "jobs", limit=1)
-
-    def close(self) -> None:
-        """Pods go on."""
 
 
 def pod_trouble(status: Json) -> str:
@@ -2037,33 +2022,23 @@ def examine(scripts: list[str]) -> list[Json]:
 def dry_run(run: Run, settings: Settings) -> Json:
     """What a run would be, without anything being touched, for people to read.
 
-    The script is shown once; ten configs and ten messages at most, and 1 MiB of configs.
+    Ten configs and ten messages at most; of the scripts the first.
     """
-    shown: list[Json] = []
-    code, size = "", 0
-    for config in islice(run.configs, 10):
-        size += len(run.configs.encode(config))
-        if shown and size > MIB:
-            break
-        script = config["code"].removesuffix(ending(run.run_id))
-        code = code or script
-        shown.append({**config, "code": f"({len(script)} characters)"})
-    jobs = list(islice(run.jobs, 10))
-    content: Json = {"dry_run": True, "code": code, "agent_configs": shown, "job_messages": jobs}
+    configs, jobs = list(islice(run.configs, 10)), list(islice(run.jobs, 10))
+    codes = [config["code"].removesuffix(ending(run.run_id)) for config in configs]
+    for config, code in zip(configs, codes, strict=True):
+        config["code"] = f"({len(code)} characters)"
+    content: Json = {"dry_run": True, "code": codes[0]}
+    content |= {"agent_configs": configs, "job_messages": jobs}
     if not settings.local:
         content["kubernetes_job"] = manifest(run, new_record(run, settings), settings)
     return content
 
 
 def answer(content: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer, which no browser may guess at and nobody may keep.
-
-    What people read is indented: errors and dry runs.
-    """
+    """A JSON answer, which no browser may guess at and nobody may keep."""
     safe = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-    indent = status != 200 or "dry_run" in content
-    option = orjson.OPT_APPEND_NEWLINE | (orjson.OPT_INDENT_2 if indent else 0)
-    body = orjson.dumps(content, option=option)
+    body = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2)
     return Response(body, status, safe | dict(headers or {}), media_type="application/json")
 
 
@@ -2124,22 +2099,14 @@ async def health(request: Request) -> Response:
         known["kubernetes"] = orchestrator.platform
     for name, dependency in known.items():
         if name not in checks or checks[name].done():
-            checks[name] = asyncio.create_task(run_in_threadpool(answers, dependency))
+            check = run_in_threadpool(dependency.check)
+            checks[name] = asyncio.gather(check, return_exceptions=True)
     # All at once, and in the time that a probe has: what is silent is not ready either.
     await asyncio.wait(checks.values(), timeout=min(5, orchestrator.settings.timeout))
-    failing = [name for name, task in checks.items() if not (task.done() and task.result())]
+    failing = [name for name, each in checks.items() if not each.done() or each.result() != [None]]
     if failing:
         return answer({"status": "not ready", "failing": failing}, 503)
     return answer({"status": "ready"})
-
-
-def answers(dependency: Registry | Broker | Cluster) -> bool:
-    """Whether a dependency does what it is there for."""
-    try:
-        dependency.check()
-    except ERRORS:
-        return False
-    return True
 
 
 async def not_served(request: Request, error: Exception) -> Response:
@@ -2247,11 +2214,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await task
         if embedded is not None:
             await run_in_threadpool(tell_what_is_lost, orchestrator)
-        await run_in_threadpool(orchestrator.platform.close)
+        if isinstance(orchestrator.platform, Machine):
+            await run_in_threadpool(orchestrator.platform.close)
+            if embedded is not None and not settings.agent_logs:
+                shutil.rmtree(orchestrator.platform.logs, ignore_errors=True)
         if embedded is not None:
             await run_in_threadpool(kill, [embedded])
-            if isinstance(orchestrator.platform, Machine) and not settings.agent_logs:
-                shutil.rmtree(orchestrator.platform.logs, ignore_errors=True)
         say("orchestrator stopped")
 
 

@@ -301,13 +301,13 @@ class _Part:
         """The part as text; None with a problem where it is not."""
         limit = 2 * self.limits.max_message_bytes + 2**20  # two messages, and white space
         table = self.name.startswith("data")
-        sizes = list(map(len, io.BytesIO(self.data) if table else [self.data])) or [0]
-        what, line = ("line", sizes.index(max(sizes)) + 1) if table else ("file", None)
-        if not self.fits(f"the {what}", max(sizes), limit, line=line):
-            return None
+        for line, data in enumerate(io.BytesIO(self.data) if table else [self.data], 1):
+            if len(data) > limit and not self.fits("the line or file", len(data), limit, line=line):
+                return None
+        if table and self.data.isascii() and b"\0" not in self.data and b"\r" not in self.data:
+            return ""  # what `table` reads line by line
         text = self.data.decode(errors="surrogateescape")
-        pure = self.data.isascii() and "\0" not in text and "\r" not in text
-        if fault := None if pure else (_NO_LINE if table else _NO_TEXT).search(text):
+        if fault := (_NO_LINE if table else _NO_TEXT).search(text):
             at, status = fault.start(), 400 if self.name.startswith("config") else 422
             row, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
             wrong = f"byte 0x{ord(fault[0]) & 255:02x} is not UTF-8 text with LF or CRLF"
