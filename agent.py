@@ -433,12 +433,27 @@ def main() -> None:
         sys.exit(worker.exitcode)
 
 
+def tail(path: str) -> str:
+    """The last 4 KiB of a file, which may be large."""
+    with open(path, "rb") as file:
+        with contextlib.suppress(OSError):  # it is shorter
+            file.seek(-4096, os.SEEK_END)
+        return file.read().decode(errors="replace")
+
+
+def last_line(text: str) -> str:
+    """The last line that says anything; 500 characters at most."""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return said[-1][:500] if said else ""
+
+
 def supervise(agents: int, retries: int, grace: float, folder: str, command: list[str]) -> None:
     """Run the agents of a run on this machine as Kubernetes would, each with its POD_INDEX.
 
     One that crashes is started again, `retries` times with a growing delay; so is one that was told
     to go (143) by others. For each that has ended for good there is a byte on standard output: `x`
-    if it crashed, else `.`; what it prints goes to a file of its own in `folder`, or nowhere.
+    if it crashed, else `.`; what it prints goes to a file of its own in `folder`, or nowhere. On
+    standard error is a line for each crash: its last words and its exit code.
 
     SIGTERM is handed on to the agents alone, as in a pod: a worker takes a job whose process was
     ended by a signal for a failed one. `grace` seconds later they are killed, and at once when
@@ -507,7 +522,10 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
                 except OSError as error:
                     print(f"the agent cannot be started: {error}", file=sys.stderr, flush=True)
                     code = 1
-                crashes += code not in (0, 143)
+                if code not in (0, 143):
+                    crashes += 1
+                    words = last_line(tail(path)) if folder else ""
+                    print(f"{words}, exit code {code}", file=sys.stderr, flush=True)
                 if code == 0 or crashes > retries:
                     break
                 told.wait(2**crashes)

@@ -63,7 +63,7 @@ from starlette.types import Message
 
 import agent
 import merge
-from agent import ending
+from agent import ending, last_line, tail
 from merge import Invalid, Json, Limits, Messages, Run, parse_run
 
 log = logging.getLogger("armada")
@@ -145,7 +145,8 @@ class Settings(Limits):
         for name, value in asdict(self).items():
             known = words.get(name, "").split(" ")
             if name in words and value not in known:
-                raise ValueError(f"{name.upper()} must be one of {', '.join(known)}, not {value!r}")
+                allowed = ", ".join(filter(None, known))
+                raise ValueError(f"{name.upper()} must be one of {allowed}, not {value!r}")
             if isinstance(value, int) and value < least.get(name, 0):
                 raise ValueError(f"{name.upper()} must be a whole number from {least.get(name, 0)}")
         self.pod_template()
@@ -1534,19 +1535,6 @@ def overlay(base: Any, over: Any) -> Any:
     return over
 
 
-def last_line(text: str) -> str:
-    """The last line that says anything."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    return said[-1][:500] if said else ""
-
-
-def end_of(file: Path) -> str:
-    """The last 4 KiB of a file, which may be large."""
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - 4096))
-        return opened.read(4096).decode(errors="replace")
-
-
 class Machine:
     """Agents as processes of this machine; none where AGENT_COMMAND is empty.
 
@@ -1626,9 +1614,13 @@ class Machine:
         return Fleet(live, 0, crashes, gone, crashes == record.agents)
 
     def reason(self, record: Record, _: Json) -> str:
-        """The last words of agents, most frequent first."""
-        files = sorted(Path(self.output(record.run_id)).glob("agent*.log"))
-        words = Counter(last_line(end_of(file)) for file in files)
+        """Why agents crashed, most frequent first; before that their last words."""
+        folder = Path(self.output(record.run_id))
+        crashes = [
+            line for file in folder.glob("agents.log") for line in tail(str(file)).split("\n")
+        ]
+        files = sorted(folder.glob("agent-*.log"))
+        words = Counter(filter(None, crashes)) or Counter(last_line(tail(str(f))) for f in files)
         said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
         return said or (self.trouble if self.command else "its agents are started by hand")
 
@@ -1980,11 +1972,13 @@ async def read_parts(request: Request, settings: Settings) -> dict[str, bytes]:
             reading = Request({**request.scope, "headers": headers}, counted)
             async with reading.form(max_files=2000, max_fields=2000, max_part_size=limit) as form:
                 for name, value in form.multi_items():
+                    if name not in merge.PARTS:
+                        parts[name] = b""  # there will be a warning
+                        continue
                     if name in parts:
                         raise Failed(422, f"the part {name} stands more than once")
-                    if name in merge.PARTS:
-                        whole = await value.read() if isinstance(value, UploadFile) else value
-                        parts[name] = whole if isinstance(whole, bytes) else whole.encode("latin-1")
+                    whole = await value.read() if isinstance(value, UploadFile) else value
+                    parts[name] = whole if isinstance(whole, bytes) else whole.encode("latin-1")
     except TimeoutError:
         raise Failed(408, f"the upload took longer than {UPLOAD_SECONDS} s") from None
     except HTTPException as error:
@@ -2091,6 +2085,7 @@ async def post(request: Request, orchestrator: Orchestrator) -> Response:
 
 async def health(request: Request) -> Response:
     """`GET /health`: this process serves. `GET /health?ready`: so do its dependencies."""
+    query(request, "ready")
     if "ready" not in request.query_params:
         return answer({"status": "ok"})
     orchestrator, checks = request.app.state.orchestrator, request.app.state.checks
@@ -2141,9 +2136,13 @@ async def not_served(request: Request, error: Exception) -> Response:
 # The process
 
 
-async def watch_runs(monitor: Monitor) -> None:
-    """Look at the runs at the interval that is set, for ever."""
+async def watch_runs(monitor: Monitor, embedded: subprocess.Popen[bytes] | None) -> None:
+    """Look at the runs at the interval that is set, as long as there is an embedded store."""
     while True:
+        if embedded is not None and embedded.poll() is not None:
+            say("the embedded Valkey has ended, and all runs with it", logging.CRITICAL)
+            signal.raise_signal(signal.SIGINT)
+            return
         try:
             await run_in_threadpool(monitor.tick)
         except Exception:  # a fault in one look must not end the monitor: it is logged whole
@@ -2203,12 +2202,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     app.state.orchestrator = orchestrator
     app.state.starts = asyncio.Semaphore(settings.max_concurrent_starts)
     app.state.held, app.state.checks = 0, {}
-    task = asyncio.create_task(watch_runs(Monitor(orchestrator)))
+    task = asyncio.create_task(watch_runs(Monitor(orchestrator), embedded))
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends at once
+        store_ended = task.done()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -2221,11 +2221,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if embedded is not None:
             await run_in_threadpool(kill, [embedded])
         say("orchestrator stopped")
+        if store_ended:
+            os._exit(1)  # uvicorn would end with 0
 
 
 def tell_what_is_lost(orchestrator: Orchestrator) -> None:
     """The embedded store ends with this process, and with it all that is in it."""
-    with contextlib.suppress(*ERRORS):
+    with contextlib.suppress(Failed):
         live = [run for run in orchestrator.runs() if not run["ended"]]
         if live:
             left = sum(run["left"] for run in live)

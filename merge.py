@@ -42,7 +42,7 @@ _FIELDS = {
     "number_of_agents": ("[1-9][0-9]*", "an integer from 1, without quotes"),
     "number_of_jobs": ("[1-9][0-9]*", "an integer from 1, without quotes"),
     "job_time_limit": (rf"null|{_ABOVE_0}(e[+-][0-9]+)?", "a number of seconds above 0"),
-    "only_jobs": (r"null|\[[0-9]+(?:, [0-9]+)*+\]", "a list of integers from 0"),
+    "only_jobs": (r"null|\[[0-9]+(?:, [0-9]+)*+\]", "a list of integers from 0, one at least"),
 }
 _OPTIONAL: Json = {"image_version": "latest", "agent_cpu": "500m", "agent_memory": "512Mi"}
 
@@ -200,7 +200,9 @@ def parse_run(
     appended to every script that agents get; `examine` says of all scripts at once, each given
     once, what `agent.examine` says of one.
     """
-    form = _Part(limits)
+    form = _Part(limits, "form")
+    if unknown := [name for name in parts if name not in PARTS]:
+        form.slip(f"the parts {', '.join(map(repr, unknown))} are not known, and ignored")
     template, *sheets, python_code, requirements_txt, configtune = (
         replace(form, name=name, data=parts.get(name, b"").removeprefix(b"\xef\xbb\xbf"))
         for name in PARTS

@@ -1696,6 +1696,8 @@ def test_a_thousand_parts_are_passed_over(besieged: Orchestrator) -> None:
     many = {f"x{number}": b"y" * 100 for number in range(1000)}
     status, body = exchange(besieged, request(multipart({**many, **form()}), line=DRY))
     assert status == 200, body
+    [warning] = json.loads(body)["warnings"]
+    assert warning.startswith("form: the parts 'x0', 'x1', 'x2', ")
     assert exchange(besieged, request(multipart(many), line=DRY))[0] == 422
 
 
@@ -2368,24 +2370,27 @@ def told_by(supervisor: "subprocess.Popen[bytes]") -> bytes:
         ("exit 1", 1, b"xx", 4),
         ("kill -KILL $$", 0, b"xx", 2),
         ("test $POD_INDEX = 1", 0, b".x", 2),
-        ("grep -q . $F/agent-$POD_INDEX.log || { echo first; exit 143; }", 0, b"..", 4),
-        ("grep -q . $F/agent-$POD_INDEX.log || { echo first; kill $$; }", 0, b"..", 4),
+        ("grep -q first $F/agent-$POD_INDEX.log || { echo first; exit 143; }", 0, b"..", 4),
+        ("grep -q first $F/agent-$POD_INDEX.log || { echo first; kill $$; }", 0, b"..", 4),
     ],
 )
 def test_an_agent_is_started_again_where_kubernetes_would_and_its_end_is_told(
     tmp_path: Path, command: str, retries: int, told: bytes, times: int
 ) -> None:
-    counted = f"echo once >> $F/times; {command}"
+    counted = f"echo once >> $F/times; echo words; {command}"
     with supervised(tmp_path, counted, retries=retries) as supervisor:
         assert sorted(told_by(supervisor)) == sorted(told)
     assert len((tmp_path / "times").read_text().splitlines()) == times
+    code = {"exit 1": 1, "kill -KILL $$": 137, "test $POD_INDEX = 1": 1}.get(command)
+    crashes = (tmp_path / "agents.log").read_text().splitlines()
+    assert set(crashes) == ({f"words, exit code {code}"} if code else set())
 
 
 def test_an_agent_that_cannot_be_started_has_crashed_and_the_reason_is_kept(tmp_path: Path) -> None:
     supervisor = app.supervised(["/no/such"], os.environ, agents=2, folder=str(tmp_path))
     assert told_by(supervisor) == b"xx"
     app.kill([supervisor])
-    assert "'/no/such'" in app.end_of(tmp_path / "agents.log")
+    assert "'/no/such'" in agent.tail(str(tmp_path / "agents.log"))
 
 
 def test_a_supervisor_that_is_told_to_go_many_times_at_once_ends_its_agents(tmp_path: Path) -> None:
@@ -2415,7 +2420,7 @@ def test_of_a_large_log_only_the_end_is_read(tmp_path: Path) -> None:
     with file.open("wb") as opened:
         opened.seek(2**40)
         opened.write(b"\nlast words\n")
-    assert app.last_line(app.end_of(file)) == "last words"
+    assert agent.last_line(agent.tail(str(file))) == "last words"
 
 
 # Faults of a start
@@ -2714,6 +2719,21 @@ def test_an_embedded_store_tells_what_is_lost_with_it(start: Start) -> None:
     [event] = orchestrator.events("runs are lost with the embedded store")
     assert (event["level"], event["runs"], event["jobs"]) == ("warning", 2, 10)
     assert orchestrator.events("orchestrator stopped")
+
+
+@pytest.mark.servers
+def test_an_orchestrator_ends_with_its_embedded_store_and_says_so(start: Start) -> None:
+    orchestrator = start()
+    run_id = orchestrator.start_run(job={"held": True})
+    begun(orchestrator, run_id)
+    below = orchestrator.pids()
+    [store] = [p for p in map(psutil.Process, below) if p.name().startswith("valkey-server")]
+    store.kill()
+    assert orchestrator.process and orchestrator.process.wait(PATIENCE) != 0
+    [event] = orchestrator.events("the embedded Valkey has ended, and all runs with it")
+    assert event["level"] == "critical"
+    wait_for_the_end_of(below)
+    assert "Traceback" not in orchestrator.log.read_text()
 
 
 @pytest.mark.servers
