@@ -1581,9 +1581,8 @@ class Machine:
         if spec["suspend"] and name in self.supervisors:
             self.supervisors[name].terminate()
         elif self.command and not (spec["suspend"] or name in self.supervisors or self.closed):
-            [container] = [
-                c for c in spec["template"]["spec"]["containers"] if c["name"] == "agent"
-            ]
+            containers = spec["template"]["spec"]["containers"]
+            [container] = [each for each in containers if each["name"] == "agent"]
             kept = {k: v for k, v in os.environ.items() if k in self.KEPT or k.startswith("PIP_")}
             kept |= {item["name"]: item["value"] for item in container["env"] if "value" in item}
             kept["RABBITMQ_URL"] = self.url
@@ -1616,20 +1615,17 @@ class Machine:
     def reason(self, record: Record, _: Json) -> str:
         """Why agents crashed, most frequent first; before that their last words."""
         folder = Path(self.output(record.run_id))
-        crashes = [
-            line for file in folder.glob("agents.log") for line in tail(str(file)).split("\n")
-        ]
+        crashes = "".join(tail(str(file)) for file in folder.glob("agents.log")).splitlines()
         files = sorted(folder.glob("agent-*.log"))
-        words = Counter(filter(None, crashes)) or Counter(last_line(tail(str(f))) for f in files)
+        words = Counter(crashes) or Counter(last_line(tail(str(file))) for file in files)
         said = "; ".join(f"{text} ({n} x)" for text, n in words.most_common(3) if text)
         return said or (self.trouble if self.command else "its agents are started by hand")
 
     def all_ended(self, record: Record) -> bool:
         """Whether all agents have ended, that were told to go."""
         names = [job["metadata"]["name"] for job in self.k8s_jobs(record.run_id)]
-        return all(
-            self.supervisors[name].poll() is not None for name in names if name in self.supervisors
-        )
+        supervisors = [self.supervisors[name] for name in names if name in self.supervisors]
+        return all(supervisor.poll() is not None for supervisor in supervisors)
 
     def delete(self, k8s_job: Json) -> None:
         """End what is left of a Job's agents, and forget it."""

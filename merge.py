@@ -303,8 +303,9 @@ class _Part:
         """The part as text; None with a problem where it is not."""
         limit = 2 * self.limits.max_message_bytes + 2**20  # two messages, and white space
         table = self.name.startswith("data")
-        for line, data in enumerate(io.BytesIO(self.data) if table else [self.data], 1):
-            if len(data) > limit and not self.fits("the line or file", len(data), limit, line=line):
+        for line, data in enumerate(io.BytesIO(self.data), 1) if table else [(None, self.data)]:
+            if len(data) > limit:
+                self.fits("the line" if table else "the file", len(data), limit, line=line)
                 return None
         if table and self.data.isascii() and b"\0" not in self.data and b"\r" not in self.data:
             return ""  # what `table` reads line by line

@@ -3657,7 +3657,9 @@ BAD_FORMS = [
     in_run("a limit of negative time", "not -0.5", job_time_limit=-0.5),
     in_run("a limit of time in quotes", 'not "60"', job_time_limit="60"),
     in_run("a limit of time that is true", "not true", job_time_limit=True),
-    in_run("only jobs that are no list", "a list of integers from 0, not 3", only_jobs=3),
+    in_run(
+        "only jobs that are no list", "a list of integers from 0, one at least, not 3", only_jobs=3
+    ),
     in_run("only no jobs", "not []", only_jobs=[]),
     in_run("only jobs in quotes", 'not ["1"]', only_jobs=["1"]),
     in_run("only jobs that are true", "not [true]", only_jobs=[True]),
