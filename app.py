@@ -919,7 +919,7 @@ class Monitor:
         watch.doing = doing
         if watch.changed("time", now) and watch.changed("progress", (*counts.values(), fleet.live)):
             say("run progress", run_id=record.run_id, **counts, agents=fleet.live)
-            self.platform.note(sight.k8s_job, counts)
+            self.platform.annotate(sight.k8s_job, counts)
 
     def reason(self, sight: Sight) -> str:
         """Why agents do not work, in the best words there are; where these are refused, none."""
@@ -1099,7 +1099,7 @@ class Registry:
         if current is None or current.claim == record.claim:
             self.replace(record.run_id, stored, None)
 
-    def note(self, name: str, run_id: str) -> str:
+    def key(self, name: str, run_id: str) -> str:
         """The key of one of a run's notes."""
         return f"armada:{name}:{run_id}"
 
@@ -1112,8 +1112,8 @@ class Registry:
         for index in range(run.jobs.count) if run.jobs.only is None else run.jobs.only:
             sent[index // 8] |= 128 >> index % 8
         pipe, values, size = self.redis.pipeline(transaction=False), {}, 0
-        pipe.unlink(*(self.note(name, run.run_id) for name in self.NOTES))
-        pipe.set(self.note("sent", run.run_id), bytes(sent))
+        pipe.unlink(*(self.key(name, run.run_id) for name in self.NOTES))
+        pipe.set(self.key("sent", run.run_id), bytes(sent))
         for index, config in enumerate(run.configs):
             data = run.configs.encode(config)
             values[merge.config_key(run.run_id, index)] = data
@@ -1135,7 +1135,7 @@ class Registry:
         pipe = self.redis.pipeline(transaction=False)
         for record in records:
             for name in self.NOTES[:3]:
-                pipe.get(self.note(name, record.run_id))
+                pipe.get(self.key(name, record.run_id))
         found = iter([d if isinstance(d, bytes) else b"" for d in pipe.execute(False)])
         return {r.claim: Books.read(r.jobs, *islice(found, 3)) for r in records}
 
@@ -1143,7 +1143,7 @@ class Registry:
         """Up to a thousand failures, in the order of the jobs."""
         found = []
         with contextlib.suppress(redis.ResponseError):  # an agent has made it something else
-            for index, data in islice(self.redis.hscan_iter(self.note("failures", run_id)), 1000):
+            for index, data in islice(self.redis.hscan_iter(self.key("failures", run_id)), 1000):
                 with contextlib.suppress(LookupError, TypeError, ValueError):
                     told = orjson.loads(data)
                     error, agent = str(told["error"]), int(told["agent"])
@@ -1152,7 +1152,7 @@ class Registry:
 
     def begun(self, record: Record) -> list[int]:
         """The first jobs that have begun and not ended."""
-        stored = self.redis.hkeys(self.note("begun", record.run_id))
+        stored = self.redis.hkeys(self.key("begun", record.run_id))
         return sorted(int(index) for index in stored if index.isdigit())[:20]
 
     def forget(self, record: Record, notes: bool = True) -> None:
@@ -1162,7 +1162,7 @@ class Registry:
         while keys := [merge.config_key(record.run_id, i) for i in islice(indices, 1000)]:
             self.redis.eval(self.FORGET, len(keys), *keys, mine)
         if notes:
-            self.redis.unlink(*(self.note(name, record.run_id) for name in self.NOTES))
+            self.redis.unlink(*(self.key(name, record.run_id) for name in self.NOTES))
 
 
 # RabbitMQ
@@ -1644,7 +1644,7 @@ class Machine:
     def tell(self, *_: object) -> None:
         """The log has told it."""
 
-    note = tell
+    annotate = tell
 
     def close(self) -> None:
         """End all agents of all runs."""
@@ -1836,7 +1836,7 @@ class Cluster:
                 reasons[f"{event.get('reason')}: {event.get('message')}"] += event.get("count") or 1
         return "; ".join(f"{text} ({number} x)" for text, number in reasons.most_common(3))
 
-    def note(self, k8s_job: Json, counts: Mapping[str, int]) -> None:
+    def annotate(self, k8s_job: Json, counts: Mapping[str, int]) -> None:
         """Show a run's numbers in annotations of its Job."""
         noted = {"metadata": {"annotations": annotations_of(**counts)}}
         if k8s_job:

@@ -716,9 +716,9 @@ def looking(bench: Bench) -> list[Row]:
         registry.enter(app.manifest(run, record, settings), record)
         told = json.dumps({"error": "E" * 500, "agent": 1})
         listed: Any = dict.fromkeys(range(0, jobs, 1000), told)
-        bench.redis.hset(registry.note("failures", run.run_id), mapping=listed)
+        bench.redis.hset(registry.key("failures", run.run_id), mapping=listed)
         for name, byte in (("sent", b"\xff"), ("succeeded", b"\xaa"), ("failed", b"\x11")):
-            bench.redis.set(registry.note(name, run.run_id), byte * (jobs // 8))
+            bench.redis.set(registry.key(name, run.run_id), byte * (jobs // 8))
     with bench.orchestrator() as orchestrator:
         seconds = []
         for run_id in bench.runs[-2:]:

@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any
 
 import orjson
-from packaging.requirements import InvalidRequirement, Requirement
 
 type Json = dict[str, Any]
 
@@ -60,13 +60,6 @@ _STRICT: Json = {
 _DECODER = json.JSONDecoder(**_STRICT)
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*+"|(NaN|-?Infinity)')
 _INDEX = re.compile(r"[+-]?[0-9]{1,1000}")
-_BRACKETS, _STRING = "(?!)", r'"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+'
-for _ in range(64):  # levels; in each a text is read once, without going back
-    _ITEM = rf"(?:{_STRING}:\s*+)?+(?:{_STRING}|[\w.+-]++\s*+|{_BRACKETS}\s*+)"
-    _BRACKETS = rf"[\[{{]\s*+(?:{_ITEM}(?:,\s*+|(?=[\]}}])))*+[\]}}]"
-# A cell in quotes; or in brackets, and what follows; or with a bracket that never closes.
-_QUOTED = r'"[^"]*+(?:""[^"]*+)*+(?:"|$)'
-_CELL = re.compile(rf",[ \t]*+(?:{_QUOTED}|({_BRACKETS})[ \t]*+([^,\r\n]*+)|[\[{{].*)")
 _FIELD_STARTS = bytes.maketrans(b"123456789[\n", b"000000000{,")
 _PIP_LINE, _PIP_JOINED = re.compile(r"(?:\\\r?\n|[^\n])++"), re.compile(r"\\\r?\n")
 _PIP_ASIDE = re.compile(r"(^|\s)(#|--?[A-Za-z]).*")  # a comment, or options
@@ -426,6 +419,8 @@ class _Part:
 
     def requirements(self) -> str:
         """The pip requirements, each read as pip would; "" where there are none."""
+        from packaging.requirements import InvalidRequirement, Requirement  # not at each start
+
         text = self.text() or ""
         for found in _PIP_LINE.finditer(text):  # one that ends with a backslash goes on in the next
             requirement = _PIP_ASIDE.sub("", _PIP_JOINED.sub("", found[0])).strip()
@@ -543,7 +538,7 @@ class _Part:
         def quoted() -> Iterator[str]:
             for number, data in enumerate(io.BytesIO(self.data), 1):
                 start = "," if number == line else ',"'  # the line goes on within quotes
-                yield _CELL.sub(_bare, start + data.decode())[len(start) :]
+                yield _cell().sub(_bare, start + data.decode())[len(start) :]
 
         if self.text() is None:
             return
@@ -565,6 +560,17 @@ class _Part:
                 never = "a quote opens in this row and never closes"
                 self.bad(_CLOSED if "expected after" in str(error) else never, line)
                 line = reader.line_num + 1
+
+
+@cache
+def _cell() -> re.Pattern[str]:
+    """A cell in quotes; or in brackets, and what follows; or with a bracket that never closes."""
+    brackets, string = "(?!)", r'"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+'
+    for _ in range(64):  # levels; in each a text is read once, without going back
+        item = rf"(?:{string}:\s*+)?+(?:{string}|[\w.+-]++\s*+|{brackets}\s*+)"
+        brackets = rf"[\[{{]\s*+(?:{item}(?:,\s*+|(?=[\]}}])))*+[\]}}]"
+    quoted = r'"[^"]*+(?:""[^"]*+)*+(?:"|$)'
+    return re.compile(rf",[ \t]*+(?:{quoted}|({brackets})[ \t]*+([^,\r\n]*+)|[\[{{].*)")
 
 
 def _bare(cell: re.Match[str]) -> str:

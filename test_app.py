@@ -1024,7 +1024,7 @@ class Shown(app.Monitor):
             def tell(self, *_: object) -> None:
                 pass
 
-            note = tell
+            annotate = tell
 
         class Books:
             def begun(self, record: Record) -> list[int]:
