@@ -447,8 +447,8 @@ def last_line(text: str) -> str:
     return said[-1][:500] if said else ""
 
 
-def supervise(agents: int, retries: int, grace: float, folder: str, command: list[str]) -> None:
-    """Run the agents of a run on this machine as Kubernetes would, each with its POD_INDEX.
+class Supervisor:
+    """Runs the agents of a run on this machine as Kubernetes would, each with its POD_INDEX.
 
     One that crashes is started again, `retries` times with a growing delay; so is one that was told
     to go (143) by others. For each that has ended for good there is a byte on standard output: `x`
@@ -459,89 +459,99 @@ def supervise(agents: int, retries: int, grace: float, folder: str, command: lis
     ended by a signal for a failed one. `grace` seconds later they are killed, and at once when
     standard input ends: with the orchestrator, however that ends.
     """
-    import ctypes
 
-    told, closed = threading.Event(), threading.Event()
-    current: dict[int, subprocess.Popen[bytes]] = {}
-    kernel = ctypes.CDLL(None)
+    def __init__(self, retries: int, grace: float, folder: str, command: list[str]) -> None:
+        import ctypes
 
-    def die_with_parent() -> None:
-        if hasattr(kernel, "prctl"):  # on Linux alone; it is the parent's thread that counts
-            kernel.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        self.retries, self.grace, self.folder, self.command = retries, grace, folder, command
+        self.told, self.closed = threading.Event(), threading.Event()
+        self.current: dict[int, subprocess.Popen[bytes]] = {}
+        self.kernel = ctypes.CDLL(None)
 
-    def end() -> None:
-        closed.set()
-        for process in list(current.values()):
+    def supervise(self, agents: int) -> None:
+        """Run so many agents, and end the process when all of them have ended."""
+        signal.signal(signal.SIGTERM, self.on_told_to_go)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=self.guard, daemon=True).start()
+        threads = [threading.Thread(target=self.run, args=(index,)) for index in range(agents)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        os._exit(0)
+
+    def on_told_to_go(self, *_: object) -> None:
+        """SIGTERM."""
+        # A second one within this one would wait for its lock. (Agents inherit what is ignored.)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.told.set()
+        for process in list(self.current.values()):
+            process.terminate()
+        threading.Timer(self.grace, self.kill).start()
+
+    def guard(self) -> None:
+        """Wait for the end of standard input."""
+        sys.stdin.buffer.read()
+        self.kill()
+        self.told.set()
+
+    def kill(self) -> None:
+        """Kill all agents there are, and those that are just being started."""
+        self.closed.set()
+        for process in list(self.current.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def tell(*_: object) -> None:
-        # A second one within this one would wait for its lock. (Agents inherit what is ignored.)
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        told.set()
-        for process in list(current.values()):
-            process.terminate()
-        threading.Timer(grace, end).start()
-
-    def guard() -> None:
-        sys.stdin.buffer.read()
-        end()
-        told.set()
-
-    def attempt(index: int, temporary: str, output: BinaryIO) -> int:
-        own = {**os.environ, "POD_INDEX": str(index), "TMPDIR": temporary}
-        process = current[index] = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=own,
-            start_new_session=True,  # a process group of its own, which ends with it
-            preexec_fn=die_with_parent,
-        )
-        if told.is_set():
-            process.terminate()
-        if closed.is_set():
-            end()
-        code = process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        del current[index]
-        return code if code >= 0 else 128 - code
-
-    def run(index: int) -> None:
+    def run(self, index: int) -> None:
+        """Run one agent until it has ended for good."""
         crashes, ended = 0, b"x"
-        path = os.path.join(folder, f"agent-{index}.log") if folder else os.devnull
+        path = os.path.join(self.folder, f"agent-{index}.log") if self.folder else os.devnull
         try:
-            while not (told.is_set() or closed.is_set()):
+            while not (self.told.is_set() or self.closed.is_set()):
                 try:
-                    os.makedirs(folder or ".", exist_ok=True)
+                    os.makedirs(self.folder or ".", exist_ok=True)
                     made = tempfile.TemporaryDirectory(prefix="armada-", ignore_cleanup_errors=True)
                     with made as temporary, open(path, "ab") as output:
-                        code = attempt(index, temporary, output)
+                        code = self.attempt(index, temporary, output)
                 except OSError as error:
                     print(f"the agent cannot be started: {error}", file=sys.stderr, flush=True)
                     code = 1
                 if code not in (0, 143):
                     crashes += 1
-                    words = last_line(tail(path)) if folder else ""
+                    words = last_line(tail(path)) if self.folder else ""
                     print(f"{words}, exit code {code}", file=sys.stderr, flush=True)
-                if code == 0 or crashes > retries:
+                if code == 0 or crashes > self.retries:
                     break
-                told.wait(2**crashes)
-            ended = b"x" if crashes > retries else b"."
+                self.told.wait(2**crashes)
+            ended = b"x" if crashes > self.retries else b"."
         finally:
             os.write(1, ended)
 
-    signal.signal(signal.SIGTERM, tell)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=guard, daemon=True).start()
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(agents)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    os._exit(0)
+    def attempt(self, index: int, temporary: str, output: BinaryIO) -> int:
+        """Start an agent once, and wait for its exit code."""
+        process = self.current[index] = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "POD_INDEX": str(index), "TMPDIR": temporary},
+            start_new_session=True,  # a process group of its own, which ends with it
+            preexec_fn=self.die_with_parent,
+        )
+        if self.told.is_set():
+            process.terminate()
+        if self.closed.is_set():
+            self.kill()
+        code = process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        del self.current[index]
+        return code if code >= 0 else 128 - code
+
+    def die_with_parent(self) -> None:
+        """Have the kernel kill an agent whose supervisor has been killed (Linux alone)."""
+        if hasattr(self.kernel, "prctl"):  # what counts is the thread that started it
+            self.kernel.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def examine(script: str) -> dict[str, Any]:
@@ -596,7 +606,7 @@ def examine_all() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["supervise"]:
         count, tries, seconds, logs, *program = sys.argv[2:]
-        supervise(int(count), int(tries), float(seconds), logs, program)
+        Supervisor(int(tries), float(seconds), logs, program).supervise(int(count))
     elif sys.argv[1:2] == ["examine"]:
         examine_all()
     else:

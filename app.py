@@ -1538,7 +1538,7 @@ def overlay(base: Any, over: Any) -> Any:
 class Machine:
     """Agents as processes of this machine; none where AGENT_COMMAND is empty.
 
-    Those of a Job are run by `agent.supervise`, which starts them again where Kubernetes would.
+    Those of a Job are run by `agent.Supervisor`, which starts them again where Kubernetes would.
     """
 
     GRACE = 10.0  #: seconds between SIGTERM and SIGKILL
@@ -1666,7 +1666,7 @@ def supervised(
     grace: float = 0.0,
     folder: str = "",
 ) -> subprocess.Popen[bytes]:
-    """Start `agent.supervise`, which ends with this process at the latest, however that ends."""
+    """Start `agent.Supervisor`, which ends with this process at the latest, however that ends."""
     # -I keeps an agent's PYTHONPATH and folder away from the supervisor itself.
     program = [sys.executable, "-I", "-S", str(HERE / "agent.py"), "supervise"]
     program += [str(agents), str(retries), str(grace), folder]

@@ -229,11 +229,7 @@ def parse_run(
     form.judge(examine(list(form.scripts)))
     if form.problems:
         raise Invalid(form.problems)
-    warnings = [
-        str(Problem(part, text, line)) + f" ({times} in all)" * (times > 1)
-        for (part, text), (line, times) in form.slips.items()
-    ]
-    return Run(**settings, jobs=made[0], configs=made[1], warnings=warnings)
+    return Run(**settings, jobs=made[0], configs=made[1], warnings=form.warnings())
 
 
 @dataclass
@@ -260,6 +256,13 @@ class _Part:
     def slip(self, text: str, line: int | None = None) -> None:
         """Note what will be a warning: once, however often it is."""
         self.slips.setdefault((self.name, text[:2000]), [line or 0, 0])[1] += 1
+
+    def warnings(self) -> list[str]:
+        """What was noted to be a warning."""
+        return [
+            str(Problem(part, text, line)) + f" ({times} in all)" * (times > 1)
+            for (part, text), (line, times) in self.slips.items()
+        ]
 
     def must(self, key: str, must: str, values: Json, **where: Any) -> None:
         """Note that a field is not what it must be."""
