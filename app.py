@@ -467,9 +467,8 @@ class Orchestrator:
                 status = 409 if error.status == 409 else 502 if refused else 503
             verb = "refused to" if refused else "could not be reached in time to"
             why = str(error) or type(error).__name__
-            raise Failed(
-                status, self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
-            ) from error
+            detail = self.settings.scrub(f"{dependency} {verb} {doing}: {why}")
+            raise Failed(status, detail) from error
 
     def look_for_others(self, run_id: str) -> None:
         """Raise `Failed` (409) where there is a run of this id, or a queue or an exchange."""
@@ -564,12 +563,13 @@ class Orchestrator:
             if self.settings.local:  # the copy is what the next process finds
                 self.registry.copy(changed, new)
             try:
-                changed = self.platform.patch(k8s_job, body) if changes else stored
+                if changes:
+                    changed = self.platform.patch(k8s_job, body)
+                    self.next_look = 0.0
             except KubernetesError as error:
                 if error.status not in (404, 409):  # it has gone, or has just been changed
                     raise
                 continue
-            self.next_look = 0.0
             if not self.settings.local:
                 with contextlib.suppress(redis.RedisError):
                     self.registry.copy(changed, new)
@@ -848,8 +848,10 @@ class Monitor:
                 depth = depths[record.run_id]
                 if isinstance(depth, Exception):
                     raise depth
-                fleet, now = self.platform.fleet(record, k8s_job), time.time()
-                sight = Sight(record, k8s_job, fleet, depth, books[record.claim], now)
+                fleet = Fleet(ended=True, deleted=True)
+                if k8s_job:
+                    fleet = self.platform.fleet(record, k8s_job)
+                sight = Sight(record, k8s_job, fleet, depth, books[record.claim], time.time())
                 self.look_at(replace(sight, ages=watch.ages(sight)), watch)
                 watch.said.pop("error", None)
             except Exception as error:  # of one run: it is said, and the others go on
@@ -871,7 +873,7 @@ class Monitor:
                 self.orchestrator.undo(record)
         elif act == Act.CLEAR:
             self.clear(sight, watch)
-        elif act == Act.END_UNSTARTED:
+        elif act == Act.END_UNSTARTED and not sight.k8s_job["spec"].get("suspend"):
             self.orchestrator.swap(record, {"suspend": True}, noted=record.jobs)
             if watch.changed("ended unstarted", record.restarts):
                 text = "agents that never started are ended"
@@ -1599,8 +1601,8 @@ class Machine:
 
     def fleet(self, record: Record, k8s_job: Json) -> Fleet:
         """What the supervisor of a Job has told."""
-        if not k8s_job or not self.command:
-            return Fleet(ended=not k8s_job, by_hand=bool(k8s_job), deleted=not k8s_job)
+        if not self.command:
+            return Fleet(by_hand=True)
         name = k8s_job["metadata"]["name"]
         with self.lock:
             supervisor, told = self.supervisors.get(name), self.ends.get(name, b"")
@@ -1797,8 +1799,6 @@ class Cluster:
 
     def fleet(self, record: Record, k8s_job: Json) -> Fleet:
         """What a Job's status tells."""
-        if not k8s_job:
-            return Fleet(ended=True, deleted=True)
         status: Json = k8s_job.get("status", {})
         true = {c["type"] for c in status.get("conditions", []) if c["status"] == "True"}
         active, failed = status.get("active", 0), "Failed" in true
